@@ -1,0 +1,1 @@
+"""Keyreeve: keyreeve_keyserver."""
