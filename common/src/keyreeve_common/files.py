@@ -57,13 +57,15 @@ def read_secret(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise ConfigInvalid(f"{path}: secret file cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ConfigInvalid(f"{path}: secret is not a regular file")
         if status.st_mode & (stat.S_IRWXO | stat.S_IWGRP):
             raise ConfigInvalid(f"{path}: secret file is open to other users; run: chmod 600 {path}")
-        data = file.read(MAX_SECRET_BYTES + 1)
+        data = os.read(descriptor, MAX_SECRET_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > MAX_SECRET_BYTES:
         raise ConfigInvalid(f"{path}: secret file is longer than {MAX_SECRET_BYTES} bytes")
     secret = data.removesuffix(b"\n").removesuffix(b"\r")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -143,7 +143,7 @@ class Clock:
 
 @asynccontextmanager
 async def serving(
-    authority: Authority, tmp_path: Path, allow: dict[str, tuple[str, ...]], clock: Clock | None = None
+    authority: Authority, tmp_path: Path, allow: Mapping[str, tuple[str, ...]], clock: Clock | None = None
 ) -> AsyncIterator[tuple[str, str]]:
     server = grpc.aio.server(interceptors=[EdgeInterceptor(lambda: TrustDomain("demo.test"), allow, clock or Clock())])
     keyserver_pb2_grpc.add_SigningServicer_to_server(Servicer(), server)
@@ -168,7 +168,7 @@ async def calling(
     credentials = grpc.ssl_channel_credentials(root, *pair)
     options = [("grpc.ssl_target_name_override", tls_name_of(expected))]
     async with grpc.aio.secure_channel(target, credentials, options=options) as channel:
-        yield keyserver_pb2_grpc.SigningStub(channel)  # type: ignore[misc]
+        yield keyserver_pb2_grpc.SigningStub(channel)
 
 
 ALLOW_AGENTS = {"/keyreeve.keyserver.v1.Signing/": ("spiffe://demo.test/keyreeve/agent/*",)}
@@ -241,11 +241,11 @@ async def test_client_refuses_a_server_of_another_spiffe_id(authority: Authority
 async def test_local_peer_needs_local_in_the_table(authority: Authority, tmp_path: Path) -> None:
     allow = {"/keyreeve.keyserver.v1.Signing/Sign": (LOCAL,)}
     async with serving(authority, tmp_path, allow) as (_, local), grpc.aio.insecure_channel(local) as channel:
-        stub: keyserver_pb2_grpc.SigningAsyncStub = keyserver_pb2_grpc.SigningStub(channel)  # type: ignore[assignment]
+        stub: keyserver_pb2_grpc.SigningAsyncStub = keyserver_pb2_grpc.SigningStub(channel)
         answer = await stub.Sign(keyserver_pb2.SignRequest(key_id="k"), timeout=20)
         assert answer.signature == b"local"
     async with serving(authority, tmp_path, ALLOW_AGENTS) as (_, local), grpc.aio.insecure_channel(local) as channel:
-        stub = keyserver_pb2_grpc.SigningStub(channel)  # type: ignore[assignment]
+        stub = keyserver_pb2_grpc.SigningStub(channel)
         assert isinstance(await sign_error(stub), Unauthenticated)
 
 
@@ -262,7 +262,7 @@ async def test_errors_travel_as_the_same_class(
 ) -> None:
     allow = {"/keyreeve.keyserver.v1.Signing/": (ANYONE,)}
     async with serving(authority, tmp_path, allow) as (_, local), grpc.aio.insecure_channel(local) as channel:
-        stub: keyserver_pb2_grpc.SigningAsyncStub = keyserver_pb2_grpc.SigningStub(channel)  # type: ignore[assignment]
+        stub: keyserver_pb2_grpc.SigningAsyncStub = keyserver_pb2_grpc.SigningStub(channel)
         error = await sign_error(stub, key_id)
     assert type(error) is kind
     assert error.detail == detail

@@ -1,0 +1,181 @@
+"""Configuration files and files on disk: what is accepted, and the one clear line for everything else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from keyreeve_common.config import load_config, parse_duration
+from keyreeve_common.errors import ConfigInvalid, StorageFull
+from keyreeve_common.files import make_private_directory, read_secret, write_atomic
+from keyreeve_common.identity import SpiffeId, TrustDomain
+from keyreeve_common.schemes import KeyType
+
+
+@dataclass(frozen=True)
+class Proxy:
+    name: str
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    trust_domain: TrustDomain
+    ttl: timedelta = timedelta(hours=1)
+    admins: tuple[SpiffeId, ...] = ()
+    socket: Path = Path("/run/x.sock")
+    workers: int = 2
+    strict: bool = True
+    key_type: KeyType = KeyType.EC_P256
+    note: str | None = None
+    proxy: tuple[Proxy, ...] = field(default=())
+
+
+def load(tmp_path: Path, text: str) -> Sample:
+    path = tmp_path / "sample.toml"
+    path.write_text(text)
+    return load_config(Sample, path)
+
+
+def test_whole_file(tmp_path: Path) -> None:
+    sample = load(
+        tmp_path,
+        """
+        trust_domain = "demo.test"
+        ttl = "90s"
+        admins = ["spiffe://demo.test/admin"]
+        socket = "run/sign.sock"
+        workers = 4
+        strict = false
+        key_type = "rsa-2048"
+        note = "hello"
+        [[proxy]]
+        name = "nginx"
+        command = ["nginx", "-s", "reload"]
+        """,
+    )
+    assert sample == Sample(
+        TrustDomain("demo.test"),
+        timedelta(seconds=90),
+        (SpiffeId.parse("spiffe://demo.test/admin"),),
+        tmp_path.resolve() / "run/sign.sock",
+        4,
+        strict=False,
+        key_type=KeyType.RSA_2048,
+        note="hello",
+        proxy=(Proxy("nginx", ("nginx", "-s", "reload")),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "trust_domain: missing"),
+        ('trust_domain = "demo.test"\nsockt = "x"', "sockt: unknown key; known keys here: admins, key_type"),
+        ('trust_domain = "Demo"', "trust_domain: ID-08"),
+        ('trust_domain = "demo.test"\nttl = "90"', "ttl: '90' is not a duration"),
+        ('trust_domain = "demo.test"\nttl = 90', "ttl: a string is expected"),
+        ('trust_domain = "demo.test"\nworkers = true', "workers: a whole number is expected"),
+        ('trust_domain = "demo.test"\nstrict = 1', "strict: true or false is expected"),
+        ('trust_domain = "demo.test"\nkey_type = "dsa"', "key_type: 'dsa' is not one of: ec-p256"),
+        ('trust_domain = "demo.test"\nadmins = ["http://x"]', "admins[0]: ID-01"),
+        ('trust_domain = "demo.test"\nadmins = "x"', "admins: a list is expected"),
+        ('trust_domain = "demo.test"\n[[proxy]]\nnam = "x"', "proxy[0].nam: unknown key"),
+        ('trust_domain = "demo.test"\nproxy = ["x"]', "proxy[0]: a table is expected"),
+        ("trust_domain = ", "not TOML"),
+    ],
+)
+def test_wrong_file_says_which_key_is_wrong(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(ConfigInvalid) as caught:
+        load(tmp_path, text)
+    assert problem in caught.value.detail
+    assert caught.value.detail.startswith(str(tmp_path / "sample.toml"))
+
+
+def test_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match="no such file"):
+        load_config(Sample, tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("250ms", 0.25), ("90s", 90), ("10m", 600), ("24h", 86400), ("7d", 604800)]
+)
+def test_durations(text: str, value: float) -> None:
+    assert parse_duration(text) == timedelta(seconds=value)
+
+
+@pytest.mark.parametrize("text", ["", "5", "-5s", "5 s", "1.5h", "5w", "٣s"])
+def test_not_durations(text: str) -> None:
+    with pytest.raises(ConfigInvalid):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o666, 0o620])
+def test_secret_open_to_others_is_refused_with_the_remedy(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "pin"
+    path.write_text("1234\n")
+    path.chmod(0o600)
+    assert read_secret(path) == b"1234"
+    path.chmod(mode)
+    with pytest.raises(ConfigInvalid, match="chmod 600") as caught:
+        read_secret(path)
+    assert "1234" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"x" * 4097])
+def test_empty_or_huge_secret_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "pin"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    with pytest.raises(ConfigInvalid):
+        read_secret(path)
+
+
+def test_secret_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid):
+        read_secret(tmp_path)
+
+
+def test_write_atomic_replaces_whole_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "chain.pem"
+    write_atomic(path, b"old")
+    write_atomic(path, b"new", mode=0o640)
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    where = tmp_path / "disk"
+    where.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(where)], check=True)
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", str(where)], check=True)
+
+
+def test_full_disk_is_named_and_the_old_file_stays(small_disk: Path) -> None:
+    path = small_disk / "state"
+    write_atomic(path, b"old")
+    with pytest.raises(StorageFull, match="no space left"):
+        write_atomic(path, b"x" * 200_000)
+    assert path.read_bytes() == b"old"
+    assert list(small_disk.iterdir()) == [path]
+
+
+def test_directory_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    make_private_directory(tmp_path / "fine")
+    assert (tmp_path / "fine").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(ConfigInvalid, match="chmod o-w"):
+        make_private_directory(tmp_path / "open")
