@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import grpc.aio
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from keyreeve_client.channel import open_local_channel, open_sync_local_channel
+from keyreeve_client.sign_client import (
+    MAX_BATCH_ITEMS,
+    MAX_BATCHES_IN_FLIGHT,
+    SignClient,
+    SignStreamClient,
+    verify_signature,
+)
+from keyreeve_common.errors import (
+    DeadlineExceeded,
+    Internal,
+    KeyNotFound,
+    MessageTooLarge,
+    SchemeNotSupported,
+    SvidExpired,
+    Unavailable,
+)
+from keyreeve_common.purposes import Purpose
+from keyreeve_common.schemes import SignatureScheme
+
+SCHEME = SignatureScheme.ECDSA_SECP256R1_SHA256
+PURPOSE = Purpose.TLS13_SERVER_VERIFY
+LONG = timedelta(seconds=30)
+
+
+@asynccontextmanager
+async def stream_client(signing: Any) -> AsyncIterator[SignStreamClient]:
+    channel = open_local_channel(signing.socket)
+
+    async def current() -> grpc.aio.Channel:
+        return channel
+
+    client = SignStreamClient(current)
+    try:
+        yield client
+    finally:
+        await client.close()
+        await channel.close()
+
+
+async def call(client: SignStreamClient, message: bytes, key_id: str = "key-1", deadline: timedelta = LONG) -> bytes:
+    return await client.sign(key_id, SCHEME, PURPOSE, message=message, deadline=deadline)
+
+
+def start(client: SignStreamClient, count: int, first: int = 0) -> list[asyncio.Task[bytes]]:
+    return [asyncio.create_task(call(client, b"message %d" % number)) for number in range(first, first + count)]
+
+
+async def test_many_callers_get_their_own_signature(signing: Any) -> None:
+    signing.service.gate.set()
+    async with stream_client(signing) as client:
+        tasks = start(client, 300)
+        for number, signature in enumerate(await asyncio.gather(*tasks)):
+            # the fixture's key is in the conftest: read it off the service's own answer
+            assert signature[:1] == b"\x30", number
+    assert signing.service.streams == 1
+    assert all(len(batch) <= MAX_BATCH_ITEMS for batch in signing.service.batches)
+
+
+async def test_first_leaves_at_once_and_those_that_arrive_meanwhile_leave_together(signing: Any) -> None:
+    async with stream_client(signing) as client:
+        tasks = start(client, 1)
+        await signing.service.until(lambda: len(signing.service.batches) == 1)
+        tasks += start(client, 5, 1)
+        tasks += start(client, 70, 6)
+        signing.service.gate.set()
+        await asyncio.gather(*tasks)
+        sizes = [len(batch) for batch in signing.service.batches]
+    assert sizes[0] == 1
+    assert sizes[1] == MAX_BATCH_ITEMS
+    assert sum(sizes) == 76
+
+
+async def test_at_most_two_batches_are_in_flight(signing: Any) -> None:
+    async with stream_client(signing) as client:
+        tasks = start(client, MAX_BATCH_ITEMS * 5)
+        # The service reads one batch and stops: a second lies in its buffer; the rest must wait here.
+        await signing.service.until(lambda: len(signing.service.batches) == 1)
+        stream = client._stream
+        assert stream is not None
+        while len(stream.batches) < MAX_BATCHES_IN_FLIGHT:
+            await asyncio.sleep(0)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert len(stream.batches) == MAX_BATCHES_IN_FLIGHT
+        assert len(client._waiting) == MAX_BATCH_ITEMS * 3
+        signing.service.gate.set()
+        await asyncio.gather(*tasks)
+
+
+async def test_one_refused_item_does_not_fail_its_batch(signing: Any) -> None:
+    signing.service.gate.set()
+    async with stream_client(signing) as client:
+        good, bad = await asyncio.gather(call(client, b"a"), call(client, b"b", "key-2"), return_exceptions=True)
+    assert isinstance(good, bytes)
+    assert isinstance(bad, KeyNotFound)
+
+
+async def test_broken_stream_fails_what_is_in_flight_and_the_next_call_reconnects(signing: Any) -> None:
+    async with stream_client(signing) as client:
+        tasks = start(client, 3)
+        await signing.service.until(lambda: len(signing.service.batches) == 1)
+        signing.service.cut.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [Unavailable] * 3
+        signing.service.cut.clear()
+        signing.service.gate.set()
+        assert await call(client, b"again")
+    assert signing.service.streams == 2
+
+
+async def test_server_that_goes_away_is_unavailable(signing: Any) -> None:
+    async with stream_client(signing) as client:
+        tasks = start(client, 2)
+        await signing.service.until(lambda: len(signing.service.batches) == 1)
+        await signing.server.stop(0)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [Unavailable] * 2
+        with pytest.raises(Unavailable):
+            await call(client, b"nobody there")
+
+
+async def test_refused_stream_keeps_its_error(signing: Any) -> None:
+    signing.service.refusal = SvidExpired("SVID expired")
+    async with stream_client(signing) as client:
+        with pytest.raises(SvidExpired):
+            await call(client, b"x")
+
+
+async def test_deadline_frees_its_slot(signing: Any) -> None:
+    async with stream_client(signing) as client:
+        with pytest.raises(DeadlineExceeded):
+            await call(client, b"slow", deadline=timedelta(milliseconds=60))
+        stream = client._stream
+        assert stream is not None
+        assert not stream.batches
+        assert not stream.outstanding
+        signing.service.gate.set()
+        assert await call(client, b"next")
+
+
+async def test_cancelled_caller_leaves_nothing_behind(signing: Any) -> None:
+    async with stream_client(signing) as client:
+        task = start(client, 1)[0]
+        await signing.service.until(lambda: len(signing.service.batches) == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert client._stream is not None
+        assert not client._stream.outstanding
+
+
+async def test_new_channel_gets_a_new_stream_and_the_old_one_finishes(signing: Any) -> None:
+    channels = [open_local_channel(signing.socket), open_local_channel(signing.socket)]
+    at = 0
+
+    async def current() -> grpc.aio.Channel:
+        return channels[at]
+
+    client = SignStreamClient(current)
+    first = start(client, 1)
+    await signing.service.until(lambda: len(signing.service.batches) == 1)
+    at = 1
+    second = start(client, 1, 1)
+    await signing.service.until(lambda: len(signing.service.batches) == 2)
+    signing.service.gate.set()
+    assert len(await asyncio.gather(*first, *second)) == 2
+    assert signing.service.streams == 2
+    await client.close()
+    for channel in channels:
+        await channel.close()
+
+
+async def test_wrong_signature_is_an_internal_error(signing: Any) -> None:
+    signing.service.gate.set()
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    async with stream_client(signing) as client:
+        with pytest.raises(Internal, match="does not verify"):
+            await client.sign("key-1", SCHEME, PURPOSE, message=b"lie", public_key=key)
+
+
+async def test_too_long_message_is_refused_here(signing: Any) -> None:
+    async with stream_client(signing) as client:
+        with pytest.raises(MessageTooLarge):
+            await call(client, b"x" * 65_537)
+
+
+async def test_closed_client_is_unavailable(signing: Any) -> None:
+    async with stream_client(signing) as client:
+        tasks = start(client, 2)
+        await signing.service.until(lambda: len(signing.service.batches) == 1)
+        await client.close()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [Unavailable] * 2
+        with pytest.raises(Unavailable):
+            await call(client, b"x")
+
+
+async def test_blocking_client(signing: Any) -> None:
+    def run() -> None:
+        with open_sync_local_channel(signing.socket) as channel:
+            client = SignClient(channel)
+            assert client.sign("key-1", SCHEME, PURPOSE, message=b"x")
+            with pytest.raises(KeyNotFound):
+                client.sign("key-2", SCHEME, PURPOSE, message=b"x")
+            with pytest.raises(MessageTooLarge):
+                client.sign("key-1", SCHEME, PURPOSE, message=b"x" * 65_537)
+
+    await asyncio.to_thread(run)
+
+
+async def test_blocking_client_without_a_server(tmp_path: Any) -> None:
+    def run() -> None:
+        with open_sync_local_channel(tmp_path / "none.sock") as channel, pytest.raises(Unavailable):
+            SignClient(channel).sign("key-1", SCHEME, PURPOSE, message=b"x")
+
+    await asyncio.to_thread(run)
+
+
+RSA_KEY = rsa.generate_private_key(65537, 2048)
+EC_KEY = ec.generate_private_key(ec.SECP384R1())
+ED_KEY = ed25519.Ed25519PrivateKey.generate()
+SIGNERS: list[tuple[SignatureScheme, Any, Callable[[bytes], bytes]]] = [
+    (
+        SignatureScheme.ECDSA_SECP384R1_SHA384,
+        EC_KEY.public_key(),
+        lambda message: EC_KEY.sign(message, ec.ECDSA(hashes.SHA384())),
+    ),
+    (SignatureScheme.ED25519, ED_KEY.public_key(), ED_KEY.sign),
+    (
+        SignatureScheme.RSA_PSS_RSAE_SHA256,
+        RSA_KEY.public_key(),
+        lambda message: RSA_KEY.sign(message, padding.PSS(padding.MGF1(hashes.SHA256()), 32), hashes.SHA256()),
+    ),
+    (
+        SignatureScheme.RSA_PKCS1_SHA512,
+        RSA_KEY.public_key(),
+        lambda message: RSA_KEY.sign(message, padding.PKCS1v15(), hashes.SHA512()),
+    ),
+]
+
+
+@pytest.mark.parametrize(("scheme", "public_key", "sign"), SIGNERS, ids=lambda value: getattr(value, "name", ""))
+def test_verify_signature(scheme: SignatureScheme, public_key: Any, sign: Callable[[bytes], bytes]) -> None:
+    verify_signature(public_key, scheme, b"m", signature=sign(b"m"))
+    with pytest.raises(Internal):
+        verify_signature(public_key, scheme, b"other", signature=sign(b"m"))
+
+
+def test_verify_signature_refuses_a_scheme_of_another_key_type() -> None:
+    with pytest.raises(SchemeNotSupported):
+        verify_signature(EC_KEY.public_key(), SignatureScheme.ED25519, b"m", signature=b"s")
