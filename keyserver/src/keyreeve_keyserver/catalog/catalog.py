@@ -1,0 +1,232 @@
+"""The catalog: keys and grants in SQLite or PostgreSQL. Every method blocks and is called off the event loop.
+
+CreateKey is three steps, so that a crash between them loses nothing: `begin_key` records the intent, the signer makes the key, `complete_key`
+records what it made. The same request id finds the intent again.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+from keyreeve_common.errors import ConfigInvalid, Conflict, KeyNotFound
+from keyreeve_common.key_id import KeyId
+from sqlalchemy import URL, Connection, Engine, Table, delete, insert, inspect, select, text, update
+
+from keyreeve_keyserver.catalog.database import WRITE, open_engine, storage_errors
+from keyreeve_keyserver.catalog.grants import GrantRows
+from keyreeve_keyserver.catalog.records import (
+    Changes,
+    KeyEntry,
+    NewKey,
+    grant_entry,
+    key_entry,
+    key_facts,
+    purposes_to_text,
+    time_to_number,
+)
+from keyreeve_keyserver.catalog.schema import CREATING, SCHEMA_VERSION, changes, grants, keys, metadata, schema_version
+from keyreeve_keyserver.domain.keys import KeyState, canonical_json
+
+_SCHEMA_LOCK = 0x6B657972  # PostgreSQL advisory lock, so that two replicas do not make the tables at once
+_KEY_COLUMNS = [column for column in keys.columns if column.name != "sealed_record"]
+_FACTS_COLUMNS = [keys.c.key_id, keys.c.role, keys.c.purposes, keys.c.state, keys.c.seq]
+
+
+class Catalog(GrantRows):
+    """Use `Catalog.open`; `close` gives the connections back."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @classmethod
+    def open(cls, url: URL, *, busy_timeout: Any) -> Catalog:
+        """Makes the tables if there are none. Raises: ConfigInvalid, StorageBusy, StorageFull, Unavailable."""
+        catalog = cls(open_engine(url, busy_timeout=busy_timeout))
+        try:
+            catalog._prepare()
+        except BaseException:
+            catalog.close()
+            raise
+        return catalog
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _prepare(self) -> None:
+        with storage_errors(), self._engine.connect().execution_options(**WRITE) as connection, connection.begin():
+            if self._engine.dialect.name == "postgresql":
+                connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _SCHEMA_LOCK})
+            if not inspect(connection).has_table(schema_version.name):
+                metadata.create_all(connection)
+                connection.execute(insert(schema_version).values(version=SCHEMA_VERSION))
+                connection.execute(insert(changes).values(id=1, counter=0))
+            found = connection.execute(select(schema_version.c.version)).scalar_one()
+        if found != SCHEMA_VERSION:
+            raise ConfigInvalid(
+                f"the catalog has schema version {found}, this program knows {SCHEMA_VERSION}: install a matching release"
+            )
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with storage_errors(), self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def _write(self) -> Iterator[tuple[Connection, int]]:
+        """A transaction that holds the change counter's row until it commits, and the counter's new value."""
+        with storage_errors(), self._engine.connect().execution_options(**WRITE) as connection, connection.begin():
+            bumped = update(changes).where(changes.c.id == 1).values(counter=changes.c.counter + 1)
+            yield connection, int(connection.execute(bumped.returning(changes.c.counter)).scalar_one())
+
+    # Keys
+
+    def begin_key(self, new: NewKey, *, now: datetime) -> KeyEntry:
+        """The key that `new.request_id` stands for: the intent, made now or earlier, or the finished key.
+
+        Raises: Conflict when the request id was used for something else.
+        """
+        digest = _digest_of(new)
+        with self._write() as (connection, seq):
+            row = connection.execute(select(keys).where(keys.c.request_id == new.request_id)).one_or_none()
+            if row is None:
+                values = {
+                    "key_id": make_key_id(),
+                    "request_id": new.request_id,
+                    "request_digest": digest,
+                    "key_type": new.key_type.value,
+                    "role": new.role.value,
+                    "purposes": purposes_to_text(new.purposes),
+                    "backend": new.backend,
+                    "label": new.label,
+                    "authority_profile": _profile_text(new),
+                    "state": CREATING,
+                    "attributes": "{}",
+                    "created_at": time_to_number(now),
+                    "seq": seq,
+                }
+                row = connection.execute(insert(keys).values(values).returning(*_KEY_COLUMNS)).one()
+            elif row.request_digest != digest:
+                raise Conflict("this request_id made a different key already; choose a new request_id")
+            return key_entry(row)
+
+    def complete_key(
+        self, key_id: KeyId, *, backend: str, sealed_record: bytes, spki_der: bytes, attributes: dict[str, Any]
+    ) -> KeyEntry | None:
+        """Records what the signer made. None when another process completed, or gave up, this key before."""
+        with self._write() as (connection, seq):
+            row = connection.execute(
+                update(keys)
+                .where(keys.c.key_id == key_id, keys.c.state == CREATING)
+                .values(
+                    state=KeyState.ENABLED.value,
+                    backend=backend,
+                    sealed_record=sealed_record,
+                    spki_der=spki_der,
+                    attributes=json.dumps(attributes, sort_keys=True),
+                    seq=seq,
+                )
+                .returning(*_KEY_COLUMNS)
+            ).one_or_none()
+        return None if row is None else key_entry(row)
+
+    def abandon_key(self, key_id: KeyId) -> None:
+        """Forgets an intent that the signer refused for good."""
+        with self._write() as (connection, _):
+            connection.execute(delete(keys).where(keys.c.key_id == key_id, keys.c.state == CREATING))
+
+    def key(self, key_id: KeyId) -> KeyEntry:
+        """Raises: KeyNotFound."""
+        with self._read() as connection:
+            row = connection.execute(_finished_keys().where(keys.c.key_id == key_id)).one_or_none()
+        if row is None:
+            raise KeyNotFound("no such key")
+        return key_entry(row)
+
+    def list_keys(self, *, limit: int, after: str = "", label: str = "") -> list[KeyEntry]:
+        """In the order of key ids, beginning behind `after`."""
+        query = _finished_keys().where(keys.c.key_id > after).order_by(keys.c.key_id).limit(limit)
+        if label:
+            query = query.where(keys.c.label == label)
+        with self._read() as connection:
+            return [key_entry(row) for row in connection.execute(query)]
+
+    def sealed_record(self, key_id: KeyId) -> bytes | None:
+        """What the signer needs to load the key; None for a destroyed or unknown one."""
+        with self._read() as connection:
+            query = select(keys.c.sealed_record).where(keys.c.key_id == key_id, keys.c.state != CREATING)
+            found = connection.execute(query).scalar_one_or_none()
+        return None if found is None else bytes(found)
+
+    def change_state(self, key_id: KeyId, *, to: KeyState, from_states: tuple[KeyState, ...]) -> KeyEntry | None:
+        """None when the key is in none of `from_states`. Raises: KeyNotFound."""
+        with self._write() as (connection, seq):
+            row = connection.execute(
+                update(keys)
+                .where(keys.c.key_id == key_id, keys.c.state.in_([state.value for state in from_states]))
+                .values(state=to.value, seq=seq)
+                .returning(*_KEY_COLUMNS)
+            ).one_or_none()
+        if row is not None:
+            return key_entry(row)
+        self.key(key_id)
+        return None
+
+    def wipe_record(self, key_id: KeyId) -> None:
+        """Drops the sealed record of a key whose private half the signer has destroyed."""
+        with self._write() as (connection, seq):
+            destroyed = keys.c.state == KeyState.DESTROYED.value
+            connection.execute(
+                update(keys).where(keys.c.key_id == key_id, destroyed).values(sealed_record=None, seq=seq)
+            )
+
+    # Following
+
+    def changes_since(self, seq: int) -> Changes | None:
+        """What was written after `seq`; None when nothing was."""
+        with self._read() as connection:
+            counter = int(connection.execute(select(changes.c.counter)).scalar_one())
+            if counter == seq:
+                return None
+            found_keys = connection.execute(select(*_FACTS_COLUMNS).where(_after(keys, seq), keys.c.state != CREATING))
+            found_grants = connection.execute(select(grants).where(_after(grants, seq)))
+            return Changes(
+                counter,
+                tuple(key_facts(row) for row in found_keys),
+                tuple(grant_entry(row) for row in found_grants),
+            )
+
+
+def make_key_id() -> KeyId:
+    """`k-` and 26 lower-case base32 characters: 130 random bits."""
+    return KeyId("k-" + base64.b32encode(secrets.token_bytes(17)).decode("ascii").lower()[:26])
+
+
+def _after(table: Table, seq: int) -> Any:
+    return table.c.seq > seq
+
+
+def _finished_keys() -> Any:
+    return select(*_KEY_COLUMNS).where(keys.c.state != CREATING)
+
+
+def _profile_text(new: NewKey) -> str | None:
+    return None if new.authority_profile is None else canonical_json(new.authority_profile.to_json()).decode("ascii")
+
+
+def _digest_of(new: NewKey) -> str:
+    fields = {
+        "key_type": new.key_type.value,
+        "role": new.role.value,
+        "purposes": purposes_to_text(new.purposes),
+        "backend": new.backend,
+        "label": new.label,
+        "authority_profile": _profile_text(new),
+    }
+    return hashlib.sha256(canonical_json(fields)).hexdigest()

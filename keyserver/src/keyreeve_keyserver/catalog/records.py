@@ -1,0 +1,132 @@
+"""What the catalog keeps, as values, and how rows become values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from keyreeve_common.key_id import KeyId
+from keyreeve_common.purposes import KeyRole, Purpose, parse_purpose
+from keyreeve_common.schemes import KeyType
+from sqlalchemy import Row
+
+from keyreeve_keyserver.domain.keys import AuthorityProfile, KeyState, parse_authority_profile
+from keyreeve_keyserver.domain.policy import Grant, KeyFacts
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """What CreateKey asks for; `request_id` is its caller's."""
+
+    request_id: str
+    key_type: KeyType
+    role: KeyRole
+    purposes: frozenset[Purpose]
+    backend: str
+    label: str
+    authority_profile: AuthorityProfile | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyEntry:
+    """A key of the catalog, without its sealed record. `state` is None while the signer has not answered yet."""
+
+    key_id: KeyId
+    key_type: KeyType
+    role: KeyRole
+    purposes: frozenset[Purpose]
+    backend: str
+    label: str
+    authority_profile: AuthorityProfile | None
+    state: KeyState | None
+    spki_der: bytes
+    attributes: dict[str, Any] = field(hash=False)
+    created_at: datetime
+    seq: int
+
+    @property
+    def facts(self) -> KeyFacts:
+        assert self.state is not None  # noqa: S101 - entries in creation never leave the catalog's own flow
+        return KeyFacts(self.key_id, self.role, self.purposes, self.state)
+
+
+@dataclass(frozen=True, slots=True)
+class GrantEntry:
+    grant: Grant
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Everything written after one value of the change counter, up to `seq`."""
+
+    seq: int
+    keys: tuple[tuple[KeyFacts, int], ...]
+    grants: tuple[GrantEntry, ...]
+
+
+def key_entry(row: Row[Any]) -> KeyEntry:
+    profile = json.loads(row.authority_profile) if row.authority_profile else None
+    return KeyEntry(
+        key_id=KeyId(row.key_id),
+        key_type=KeyType(row.key_type),
+        role=KeyRole(row.role),
+        purposes=purposes_from_text(row.purposes),
+        backend=row.backend,
+        label=row.label,
+        authority_profile=parse_authority_profile(profile) if profile else None,
+        state=_state(row.state),
+        spki_der=bytes(row.spki_der or b""),
+        attributes=json.loads(row.attributes),
+        created_at=time_from_number(row.created_at),
+        seq=row.seq,
+    )
+
+
+def key_facts(row: Row[Any]) -> tuple[KeyFacts, int]:
+    facts = KeyFacts(KeyId(row.key_id), KeyRole(row.role), purposes_from_text(row.purposes), KeyState(row.state))
+    return facts, row.seq
+
+
+def grant_entry(row: Row[Any]) -> GrantEntry:
+    grant = Grant(
+        key_id=KeyId(row.key_id),
+        holder=row.holder,
+        purposes=purposes_from_text(row.purposes),
+        created_at=time_from_number(row.created_at),
+        expires_at=None if row.expires_at is None else time_from_number(row.expires_at),
+        revoked_at=None if row.revoked_at is None else time_from_number(row.revoked_at),
+    )
+    return GrantEntry(grant, row.seq)
+
+
+def _state(text: str) -> KeyState | None:
+    return KeyState(text) if text in set(KeyState) else None
+
+
+def purposes_to_text(purposes: frozenset[Purpose]) -> str:
+    return " ".join(sorted(purpose.label for purpose in purposes))
+
+
+_PURPOSES_BY_TEXT: dict[str, frozenset[Purpose]] = {}
+
+
+def purposes_from_text(text: str) -> frozenset[Purpose]:
+    """Equal texts give one object: a million grants share a handful of sets."""
+    found = _PURPOSES_BY_TEXT.get(text)
+    if found is None:
+        found = _PURPOSES_BY_TEXT[text] = frozenset(parse_purpose(label) for label in text.split())
+    return found
+
+
+def time_to_number(time: datetime) -> int:
+    return (time - _EPOCH) // _MICROSECOND
+
+
+def time_from_number(number: int) -> datetime:
+    return _EPOCH + number * _MICROSECOND

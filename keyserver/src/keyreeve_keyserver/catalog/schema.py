@@ -1,0 +1,59 @@
+"""The catalog's tables. Times are whole microseconds since 1970 UTC, so that SQLite and PostgreSQL agree.
+
+Every row carries the value of the change counter at its last write; a writer takes the counter's row first and keeps it until it commits, so a
+reader that has seen counter N has seen every row up to N.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, String, Table, Text
+
+SCHEMA_VERSION = 1
+CREATING = "creating"  # the signer was asked for the key, its answer is not recorded yet
+
+metadata = MetaData()
+
+schema_version = Table("keyreeve_schema_version", metadata, Column("version", Integer, primary_key=True))
+
+changes = Table(
+    "keyreeve_changes",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("counter", BigInteger, nullable=False),
+)
+
+keys = Table(
+    "keyreeve_keys",
+    metadata,
+    Column("key_id", String(64), primary_key=True),
+    Column("request_id", String(128), nullable=False, unique=True),
+    Column("request_digest", String(64), nullable=False),
+    Column("key_type", String(32), nullable=False),
+    Column("role", String(32), nullable=False),
+    Column("purposes", Text, nullable=False),
+    Column("backend", String(64), nullable=False),
+    Column("label", Text, nullable=False),
+    Column("authority_profile", Text, nullable=True),
+    Column("state", String(16), nullable=False),
+    Column("spki_der", LargeBinary, nullable=True),
+    Column("sealed_record", LargeBinary, nullable=True),
+    Column("attributes", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Index("keyreeve_keys_seq", "seq"),
+    Index("keyreeve_keys_label", "label", "key_id"),
+)
+
+grants = Table(
+    "keyreeve_grants",
+    metadata,
+    Column("key_id", String(64), primary_key=True),
+    Column("holder", String(2048), primary_key=True),
+    Column("purposes", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=True),
+    Column("revoked_at", BigInteger, nullable=True),
+    Column("seq", BigInteger, nullable=False),
+    Index("keyreeve_grants_seq", "seq"),
+    Index("keyreeve_grants_holder", "holder", "key_id"),
+)

@@ -1,0 +1,342 @@
+"""One suite for the catalog, run over SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from keyreeve_common.errors import (
+    ConfigInvalid,
+    Conflict,
+    FailedPrecondition,
+    KeyNotFound,
+    KeyreeveError,
+    NotFound,
+    StorageBusy,
+    Unavailable,
+)
+from keyreeve_common.key_id import KeyId, parse_key_id
+from keyreeve_common.purposes import KeyRole, Purpose
+from keyreeve_common.schemes import KeyType
+from keyreeve_keyserver.catalog.catalog import Catalog
+from keyreeve_keyserver.catalog.records import KeyEntry, NewKey
+from keyreeve_keyserver.domain.keys import KeyState
+from keyreeve_keyserver.domain.policy import Grant
+from keyreeve_testing.postgres import PostgresServer, postgres_is_installed, running_postgres
+from sqlalchemy import URL, create_engine, make_url, text
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+HOLDER = "spiffe://example.org/agent/a"
+BOTH = frozenset({Purpose.TLS13_SERVER_VERIFY, Purpose.TLS13_CLIENT_VERIFY})
+SERVER = frozenset({Purpose.TLS13_SERVER_VERIFY})
+Opener = Callable[[], Catalog]
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    if not postgres_is_installed():
+        pytest.skip("PostgreSQL is not installed")
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> URL:
+    if request.param == "sqlite":
+        return URL.create("sqlite", database=str(tmp_path / "catalog.sqlite3"))
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return make_url(server.make_database())
+
+
+@pytest.fixture
+def open_catalog(url: URL) -> Iterator[Opener]:
+    """Opens as many as are asked for: each stands for one process."""
+    opened: list[Catalog] = []
+
+    def open_one() -> Catalog:
+        opened.append(Catalog.open(url, busy_timeout=timedelta(milliseconds=300)))
+        return opened[-1]
+
+    yield open_one
+    for catalog in opened:
+        catalog.close()
+
+
+@pytest.fixture
+def catalog(open_catalog: Opener) -> Catalog:
+    return open_catalog()
+
+
+def new_key(request_id: str = "r1", *, label: str = "spiffe://example.org/web") -> NewKey:
+    return NewKey(request_id, KeyType.EC_P256, KeyRole.HANDSHAKE, BOTH, "", label)
+
+
+def make_key(catalog: Catalog, request_id: str = "r1", *, label: str = "spiffe://example.org/web") -> KeyEntry:
+    entry = catalog.begin_key(new_key(request_id, label=label), now=NOW)
+    done = catalog.complete_key(
+        entry.key_id, backend="soft", sealed_record=b"sealed", spki_der=b"spki", attributes={"token": "t"}
+    )
+    assert done is not None
+    return done
+
+
+def grant(key_id: KeyId, *, holder: str = HOLDER, expires_at: datetime | None = NOW + HOUR) -> Grant:
+    return Grant(key_id, holder, SERVER, NOW, expires_at)
+
+
+def test_key_is_what_was_written(catalog: Catalog) -> None:
+    made = make_key(catalog)
+    found = catalog.key(made.key_id)
+    assert found == made
+    assert (found.key_type, found.role, found.purposes) == (KeyType.EC_P256, KeyRole.HANDSHAKE, BOTH)
+    assert (found.state, found.backend, found.spki_der) == (KeyState.ENABLED, "soft", b"spki")
+    assert (found.attributes, found.created_at) == ({"token": "t"}, NOW)
+    assert catalog.sealed_record(made.key_id) == b"sealed"
+
+
+def test_key_ids_are_of_the_published_form(catalog: Catalog) -> None:
+    ids = {make_key(catalog, f"r{number}").key_id for number in range(20)}
+    assert len(ids) == 20
+    assert all(parse_key_id(key_id) and key_id.startswith("k-") and len(key_id) == 28 for key_id in ids)
+
+
+def test_intent_is_no_key_yet(catalog: Catalog) -> None:
+    intent = catalog.begin_key(new_key(), now=NOW)
+    assert intent.state is None
+    assert catalog.list_keys(limit=10) == []
+    assert catalog.sealed_record(intent.key_id) is None
+    with pytest.raises(KeyNotFound):
+        catalog.key(intent.key_id)
+    changes = catalog.changes_since(0)
+    assert changes is not None
+    assert changes.keys == ()
+
+
+def test_same_request_id_finds_the_intent_and_then_the_key(catalog: Catalog, open_catalog: Opener) -> None:
+    intent = catalog.begin_key(new_key(), now=NOW)
+    again = open_catalog().begin_key(new_key(), now=NOW + HOUR)
+    assert (again.key_id, again.state) == (intent.key_id, None)
+    made = make_key(catalog)
+    assert catalog.begin_key(new_key(), now=NOW) == made
+
+
+def test_request_id_for_another_key_is_a_conflict(catalog: Catalog) -> None:
+    make_key(catalog)
+    with pytest.raises(Conflict):
+        catalog.begin_key(new_key(label="other"), now=NOW)
+
+
+def test_only_one_process_completes(catalog: Catalog) -> None:
+    made = make_key(catalog)
+    second = catalog.complete_key(made.key_id, backend="soft", sealed_record=b"x", spki_der=b"y", attributes={})
+    assert second is None
+    assert catalog.sealed_record(made.key_id) == b"sealed"
+
+
+def test_abandoned_request_id_can_be_used_again(catalog: Catalog) -> None:
+    intent = catalog.begin_key(new_key(), now=NOW)
+    catalog.abandon_key(intent.key_id)
+    assert catalog.begin_key(new_key(label="other"), now=NOW).key_id != intent.key_id
+
+
+def test_a_finished_key_cannot_be_abandoned(catalog: Catalog) -> None:
+    made = make_key(catalog)
+    catalog.abandon_key(made.key_id)
+    assert catalog.key(made.key_id) == made
+
+
+def test_pages_cover_every_key_once(catalog: Catalog) -> None:
+    made = {make_key(catalog, f"r{number}").key_id for number in range(7)}
+    seen: list[str] = []
+    while page := catalog.list_keys(limit=3, after=seen[-1] if seen else ""):
+        seen += [entry.key_id for entry in page]
+    assert len(seen) == 7
+    assert set(seen) == made
+
+
+def test_keys_by_label(catalog: Catalog) -> None:
+    wanted = make_key(catalog, "a", label="x")
+    make_key(catalog, "b", label="y")
+    assert catalog.list_keys(limit=5, label="x") == [wanted]
+
+
+def test_states(catalog: Catalog) -> None:
+    key_id = make_key(catalog).key_id
+    assert catalog.change_state(key_id, to=KeyState.DESTROYED, from_states=(KeyState.DISABLED,)) is None
+    disabled = catalog.change_state(key_id, to=KeyState.DISABLED, from_states=(KeyState.ENABLED,))
+    assert disabled is not None
+    assert disabled.state is KeyState.DISABLED
+    assert catalog.change_state(key_id, to=KeyState.DESTROYED, from_states=(KeyState.DISABLED,)) is not None
+    assert catalog.sealed_record(key_id) == b"sealed"
+    catalog.wipe_record(key_id)
+    assert catalog.sealed_record(key_id) is None
+    with pytest.raises(KeyNotFound):
+        catalog.change_state(KeyId("k-none"), to=KeyState.DISABLED, from_states=(KeyState.ENABLED,))
+
+
+def test_grant_life(catalog: Catalog) -> None:
+    key_id = make_key(catalog).key_id
+    made = catalog.put_grant(grant(key_id))
+    assert made.grant == grant(key_id)
+    longer = catalog.extend_grant(key_id, HOLDER, expires_at=NOW + 2 * HOUR, now=NOW)
+    assert longer.grant.expires_at == NOW + 2 * HOUR
+    revoked = catalog.revoke_grant(key_id, HOLDER, now=NOW + HOUR)
+    assert revoked.grant.revoked_at == NOW + HOUR
+    assert catalog.revoke_grant(key_id, HOLDER, now=NOW + 2 * HOUR) == revoked
+    with pytest.raises(FailedPrecondition):
+        catalog.extend_grant(key_id, HOLDER, expires_at=NOW + 9 * HOUR, now=NOW)
+    assert catalog.put_grant(grant(key_id, expires_at=None)).grant.is_live(NOW + 99 * HOUR)
+
+
+def test_expired_grant_is_not_extended(catalog: Catalog) -> None:
+    key_id = make_key(catalog).key_id
+    catalog.put_grant(grant(key_id))
+    with pytest.raises(FailedPrecondition, match="expired"):
+        catalog.extend_grant(key_id, HOLDER, expires_at=NOW + 9 * HOUR, now=NOW + HOUR)
+
+
+def test_no_such_grant(catalog: Catalog) -> None:
+    with pytest.raises(NotFound):
+        catalog.revoke_grant(KeyId("k-none"), HOLDER, now=NOW)
+    with pytest.raises(NotFound):
+        catalog.extend_grant(KeyId("k-none"), HOLDER, expires_at=NOW + HOUR, now=NOW)
+
+
+def test_grants_are_listed_in_pages_and_by_holder(catalog: Catalog) -> None:
+    ids = [make_key(catalog, f"r{number}").key_id for number in range(3)]
+    made = {
+        (key_id, holder): catalog.put_grant(grant(key_id, holder=holder)) for key_id in ids for holder in ("a", "b")
+    }
+    seen: list[tuple[str, str]] = []
+    while page := catalog.list_grants(limit=4, after=seen[-1] if seen else ("", "")):
+        seen += [(entry.grant.key_id, entry.grant.holder) for entry in page]
+    assert seen == sorted(made)
+    assert len(catalog.list_grants(limit=9, holder="a")) == 3
+    assert catalog.list_grants(limit=9, holder="a", key_id=ids[0]) == [made[ids[0], "a"]]
+
+
+def test_another_process_sees_only_what_changed(catalog: Catalog, open_catalog: Opener) -> None:
+    key_id = make_key(catalog).key_id
+    reader = open_catalog()
+    first = reader.changes_since(0)
+    assert first is not None
+    assert [facts.key_id for facts, _ in first.keys] == [key_id]
+    assert reader.changes_since(first.seq) is None
+    made = catalog.put_grant(grant(key_id))
+    second = reader.changes_since(first.seq)
+    assert second is not None
+    assert (second.keys, second.grants) == ((), (made,))
+
+
+def test_concurrent_writers_lose_nothing(open_catalog: Opener) -> None:
+    catalogs = [open_catalog() for _ in range(4)]
+    key_id = make_key(catalogs[0]).key_id
+
+    def write(number: int) -> str:
+        holder = f"{HOLDER}/{number}"
+        while True:
+            try:
+                catalogs[number % 4].put_grant(grant(key_id, holder=holder))
+            except StorageBusy:
+                continue
+            return holder
+
+    with ThreadPoolExecutor(4) as threads:
+        holders = set(threads.map(write, range(24)))
+    changes = catalogs[0].changes_since(0)
+    assert changes is not None
+    assert {entry.grant.holder for entry in changes.grants} == holders
+    assert len({entry.seq for entry in changes.grants}) == 24
+
+
+def test_concurrent_retries_make_one_key(open_catalog: Opener) -> None:
+    catalogs = [open_catalog() for _ in range(4)]
+
+    def begin(number: int) -> KeyId:
+        while True:
+            try:
+                return catalogs[number % 4].begin_key(new_key(), now=NOW).key_id
+            except StorageBusy:
+                continue
+
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(begin, range(12)))) == 1
+
+
+def test_locked_by_another_process_is_storage_busy(catalog: Catalog, url: URL) -> None:
+    key_id = make_key(catalog).key_id
+    if url.get_backend_name() == "sqlite":
+        holder = sqlite3.connect(str(url.database), isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        try:
+            _check_busy(catalog, key_id)
+        finally:
+            holder.close()
+    else:
+        engine = create_engine(url)
+        with engine.connect() as connection:
+            connection.execute(text("LOCK TABLE keyreeve_changes IN EXCLUSIVE MODE"))
+            _check_busy(catalog, key_id)
+        engine.dispose()
+    catalog.put_grant(grant(key_id))
+
+
+def _check_busy(catalog: Catalog, key_id: KeyId) -> None:
+    with pytest.raises(StorageBusy, match="locked by another process") as refused:
+        catalog.put_grant(grant(key_id))
+    assert refused.value.retry_after
+    assert catalog.key(key_id).key_id == key_id  # readers go on
+    assert catalog.list_grants(limit=5) == []
+
+
+def test_reopening_keeps_everything(open_catalog: Opener) -> None:
+    made = make_key(open_catalog())
+    assert open_catalog().key(made.key_id) == made
+
+
+def test_schema_of_a_later_release_is_refused(catalog: Catalog, url: URL) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE keyreeve_schema_version SET version = 99"))
+    engine.dispose()
+    with pytest.raises(ConfigInvalid, match="schema version 99"):
+        Catalog.open(url, busy_timeout=timedelta(milliseconds=300))
+
+
+@pytest.mark.postgres
+def test_postgres_outage_is_unavailable_and_passes(postgres: PostgresServer) -> None:
+    catalog = Catalog.open(make_url(postgres.make_database()), busy_timeout=timedelta(seconds=1))
+    key_id = make_key(catalog).key_id
+    postgres.stop()
+    try:
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            catalog.key(key_id)
+    finally:
+        postgres.start()
+    assert catalog.key(key_id).key_id == key_id
+    catalog.close()
+
+
+@pytest.mark.postgres
+def test_postgres_refusing_the_login_says_so(postgres: PostgresServer) -> None:
+    url = make_url(postgres.make_database()).set(username="nobody_knows")
+    with pytest.raises(KeyreeveError, match=r"catalog\.url"):
+        Catalog.open(url, busy_timeout=timedelta(seconds=1))
+
+
+def test_file_that_is_no_database(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite3"
+    path.write_bytes(b"this is not a database, " * 100)
+    with pytest.raises(FailedPrecondition, match="damaged or not ours"):
+        Catalog.open(URL.create("sqlite", database=str(path)), busy_timeout=timedelta(seconds=1))
+
+
+def test_directory_that_is_missing(tmp_path: Path) -> None:
+    url = URL.create("sqlite", database=str(tmp_path / "none" / "catalog.sqlite3"))
+    with pytest.raises(ConfigInvalid, match="no such directory"):
+        Catalog.open(url, busy_timeout=timedelta(seconds=1))
