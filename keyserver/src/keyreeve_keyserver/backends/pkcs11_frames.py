@@ -1,0 +1,274 @@
+"""Frames between the signer and one PKCS#11 worker: a question, then its answer, one at a time, over a socketpair. Pure; strict both ways.
+
+`u32 length` (2 to 4,194,304) `u8 version = 1` `u8 type` body, big endian. The worker ends when a question breaks a rule: only the signer
+writes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from keyreeve_common.errors import MAX_DETAIL_BYTES, InvalidRequest, KeyreeveError, MalformedFrame, error_from_wire
+from keyreeve_common.key_id import MAX_KEY_ID_BYTES, parse_key_id
+from keyreeve_common.purposes import MAX_MESSAGE_BYTES
+from keyreeve_common.schemes import KeyType, SignatureScheme
+from keyreeve_common.wire import FrameSplitter, Reader, ascii_text, bytes8, bytes16, bytes32, u16, u32
+
+from keyreeve_keyserver.domain.keys import canonical_json
+from keyreeve_keyserver.frames import MAX_SIGNATURE_BYTES, JsonObject, parse_json_object
+
+_T = TypeVar("_T")
+VERSION = 1
+MAX_FRAME_BYTES = 4_194_304
+MAX_ITEMS = 32
+MAX_PATH_BYTES = 4_095
+MAX_BOX_BYTES = 65_536
+MAX_JSON_BYTES = 65_536
+NONCE_BYTES = 12
+OPEN, CREATE, FIND, DESTROY, SIGN, ENCRYPT, DECRYPT = range(1, 8)
+DONE, REFUSED, SIGNED, BOX = 0x81, 0x82, 0x83, 0x84
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Load the module, find the token, log in. Paths, never the PIN itself, cross this socket."""
+
+    module: str
+    token_label: str
+    pin_file: str
+    softhsm_conf: str
+
+    def to_bytes(self) -> bytes:
+        texts = (self.module, self.token_label, self.pin_file, self.softhsm_conf)
+        return _frame(OPEN, b"".join(bytes16(text.encode()) for text in texts))
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    ref: str
+    key_type: KeyType
+
+    def to_bytes(self) -> bytes:
+        return _frame(CREATE, bytes8(self.ref.encode("ascii")) + bytes8(self.key_type.value.encode("ascii")))
+
+
+@dataclass(frozen=True, slots=True)
+class Find:
+    ref: str
+
+    def to_bytes(self) -> bytes:
+        return _frame(FIND, bytes8(self.ref.encode("ascii")))
+
+
+@dataclass(frozen=True, slots=True)
+class Destroy:
+    ref: str
+
+    def to_bytes(self) -> bytes:
+        return _frame(DESTROY, bytes8(self.ref.encode("ascii")))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSignItem:
+    ref: str
+    scheme: SignatureScheme
+    deadline_ms: int
+    message: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSign:
+    items: tuple[TokenSignItem, ...]
+
+    def to_bytes(self) -> bytes:
+        body = b"".join(
+            bytes8(item.ref.encode("ascii")) + u16(item.scheme) + u32(item.deadline_ms) + bytes32(item.message)
+            for item in self.items
+        )
+        return _frame(SIGN, u16(len(self.items)) + body)
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Encrypt or decrypt with the token's AES key of this label, which is made on its first use."""
+
+    decrypt: bool
+    label: str
+    nonce: bytes
+    associated: bytes = field(repr=False)
+    data: bytes = field(repr=False)
+
+    def to_bytes(self) -> bytes:
+        body = bytes8(self.label.encode("ascii")) + self.nonce + bytes32(self.associated) + bytes32(self.data)
+        return _frame(DECRYPT if self.decrypt else ENCRYPT, body)
+
+
+Question = Open | Create | Find | Destroy | TokenSign | Box
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    answer: JsonObject
+
+    def to_bytes(self) -> bytes:
+        return _frame(DONE, bytes32(canonical_json(self.answer)))
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    error: KeyreeveError
+
+    def to_bytes(self) -> bytes:
+        return _frame(REFUSED, _error_bytes(self.error))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSigned:
+    outcomes: tuple[bytes | KeyreeveError, ...]
+
+    def to_bytes(self) -> bytes:
+        body = b"".join(
+            _error_bytes(outcome) if isinstance(outcome, KeyreeveError) else b"\x00" + bytes16(outcome)
+            for outcome in self.outcomes
+        )
+        return _frame(SIGNED, u16(len(self.outcomes)) + body)
+
+
+@dataclass(frozen=True, slots=True)
+class Boxed:
+    data: bytes = field(repr=False)
+
+    def to_bytes(self) -> bytes:
+        return _frame(BOX, bytes32(self.data))
+
+
+Answer = Done | Failed | TokenSigned | Boxed
+
+
+def splitter() -> FrameSplitter:
+    return FrameSplitter(low=2, high=MAX_FRAME_BYTES)
+
+
+def parse_question(frame: bytes) -> Question:
+    """Raises: MalformedFrame."""
+    return _parse(frame, _QUESTIONS)
+
+
+def parse_answer(frame: bytes) -> Answer:
+    """Raises: MalformedFrame."""
+    return _parse(frame, _ANSWERS)
+
+
+def _parse(frame: bytes, table: dict[int, Callable[[Reader], _T]]) -> _T:
+    reader = Reader(frame)
+    version, kind = reader.u8("version"), reader.u8("type")
+    if version != VERSION or kind not in table:
+        raise MalformedFrame(f"frame of version {version} and type 0x{kind:02x} is not known here")
+    parsed = table[kind](reader)
+    reader.finish()
+    return parsed
+
+
+def _read_open(reader: Reader) -> Open:
+    return Open(*(_text(reader, name) for name in ("module", "token_label", "pin_file", "softhsm_conf")))
+
+
+def _read_create(reader: Reader) -> Create:
+    ref, name = _ref(reader), ascii_text(reader.bytes8("key_type"), "key_type")
+    try:
+        return Create(ref, KeyType(name))
+    except ValueError:
+        raise MalformedFrame("key_type is not known") from None
+
+
+def _read_sign(reader: Reader) -> TokenSign:
+    count = _count(reader)
+    return TokenSign(tuple(_read_item(reader) for _ in range(count)))
+
+
+def _read_item(reader: Reader) -> TokenSignItem:
+    ref, scheme = _ref(reader), reader.u16("scheme")
+    try:
+        known = SignatureScheme(scheme)
+    except ValueError:
+        raise MalformedFrame("scheme is not known") from None
+    return TokenSignItem(ref, known, reader.u32("deadline_ms"), reader.bytes32("message", high=MAX_MESSAGE_BYTES))
+
+
+def _read_box(reader: Reader, *, decrypt: bool) -> Box:
+    return Box(
+        decrypt=decrypt,
+        label=_ref(reader),
+        nonce=reader.take(NONCE_BYTES, "nonce"),
+        associated=reader.bytes32("associated", high=MAX_BOX_BYTES),
+        data=reader.bytes32("data", high=MAX_BOX_BYTES),
+    )
+
+
+def _read_signed(reader: Reader) -> TokenSigned:
+    return TokenSigned(tuple(_read_outcome(reader) for _ in range(_count(reader))))
+
+
+def _read_outcome(reader: Reader) -> bytes | KeyreeveError:
+    code = reader.u8("code")
+    return _read_error(reader, code) if code else reader.bytes16("signature", low=1, high=MAX_SIGNATURE_BYTES)
+
+
+def _read_failed(reader: Reader) -> Failed:
+    code = reader.u8("code")
+    if code == 0:
+        raise MalformedFrame("an error has the code 0")
+    return Failed(_read_error(reader, code))
+
+
+def _read_error(reader: Reader, code: int) -> KeyreeveError:
+    return error_from_wire(code, reader.bytes16("detail", high=MAX_DETAIL_BYTES).decode(errors="replace"))
+
+
+def _error_bytes(error: KeyreeveError) -> bytes:
+    return bytes((error.rendering.wire,)) + bytes16(error.detail.encode())
+
+
+def _count(reader: Reader) -> int:
+    count = reader.u16("count")
+    if not 1 <= count <= MAX_ITEMS:
+        raise MalformedFrame(f"count is {count}, allowed are 1 to {MAX_ITEMS}")
+    return count
+
+
+def _ref(reader: Reader) -> str:
+    text = ascii_text(reader.bytes8("ref", low=1, high=MAX_KEY_ID_BYTES), "ref")
+    try:
+        return parse_key_id(text)
+    except InvalidRequest:
+        raise MalformedFrame("ref is not a key id") from None
+
+
+def _text(reader: Reader, name: str) -> str:
+    try:
+        return reader.bytes16(name, high=MAX_PATH_BYTES).decode()
+    except UnicodeDecodeError:
+        raise MalformedFrame(f"{name} is not UTF-8") from None
+
+
+def _frame(kind: int, body: bytes) -> bytes:
+    return u32(len(body) + 2) + bytes((VERSION, kind)) + body
+
+
+_QUESTIONS: dict[int, Callable[[Reader], Question]] = {
+    OPEN: _read_open,
+    CREATE: _read_create,
+    FIND: lambda reader: Find(_ref(reader)),
+    DESTROY: lambda reader: Destroy(_ref(reader)),
+    SIGN: _read_sign,
+    ENCRYPT: lambda reader: _read_box(reader, decrypt=False),
+    DECRYPT: lambda reader: _read_box(reader, decrypt=True),
+}
+_ANSWERS: dict[int, Callable[[Reader], Answer]] = {
+    DONE: lambda reader: Done(parse_json_object(reader.bytes32("json", high=MAX_JSON_BYTES))),
+    REFUSED: _read_failed,
+    SIGNED: _read_signed,
+    BOX: lambda reader: Boxed(reader.bytes32("data", high=MAX_BOX_BYTES + 16)),
+}

@@ -1,0 +1,157 @@
+"""PKCS#11 mechanisms: one table from scheme to mechanism, one from key type to how it is generated, and what a token's signature becomes.
+
+Spec: PKCS#11 2.40 mechanisms 2.1 and 2.3; PKCS#11 3.0 mechanisms 2.3 (EdDSA); RFC 8446 4.2.3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import pkcs11
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from keyreeve_common.errors import Internal, KeyTypeNotSupported
+from keyreeve_common.schemes import KeyFamily, KeyType, SignatureScheme
+from pkcs11 import MGF, Attribute, Mechanism
+
+from keyreeve_keyserver.domain.der import OCTET_STRING, DerError, read_element
+
+
+@dataclass(frozen=True, slots=True)
+class SignMechanism:
+    """`prehash` is the hash that we compute because the mechanism takes a digest; "" where the token hashes."""
+
+    mechanism: Mechanism
+    parameter: Any = None
+    prehash: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """`parameters` are spellings of the curve to try in turn, since tokens differ in which of them they know."""
+
+    mechanism: Mechanism
+    key_type: pkcs11.KeyType
+    bits: int = 0
+    parameters: tuple[bytes, ...] = ()
+
+
+SIGN_MECHANISMS: dict[SignatureScheme, SignMechanism] = {
+    SignatureScheme.ECDSA_SECP256R1_SHA256: SignMechanism(Mechanism.ECDSA, prehash="sha256"),
+    SignatureScheme.ECDSA_SECP384R1_SHA384: SignMechanism(Mechanism.ECDSA, prehash="sha384"),
+    SignatureScheme.ED25519: SignMechanism(Mechanism.EDDSA),
+    SignatureScheme.RSA_PKCS1_SHA256: SignMechanism(Mechanism.SHA256_RSA_PKCS),
+    SignatureScheme.RSA_PKCS1_SHA384: SignMechanism(Mechanism.SHA384_RSA_PKCS),
+    SignatureScheme.RSA_PKCS1_SHA512: SignMechanism(Mechanism.SHA512_RSA_PKCS),
+    SignatureScheme.RSA_PSS_RSAE_SHA256: SignMechanism(
+        Mechanism.SHA256_RSA_PKCS_PSS, (Mechanism.SHA256, MGF.SHA256, 32)
+    ),
+    SignatureScheme.RSA_PSS_RSAE_SHA384: SignMechanism(
+        Mechanism.SHA384_RSA_PKCS_PSS, (Mechanism.SHA384, MGF.SHA384, 48)
+    ),
+    SignatureScheme.RSA_PSS_RSAE_SHA512: SignMechanism(
+        Mechanism.SHA512_RSA_PKCS_PSS, (Mechanism.SHA512, MGF.SHA512, 64)
+    ),
+}
+_ED25519_PARAMETERS = (bytes.fromhex("06032b6570"), bytes.fromhex("130c656477617264733235353139"))
+GENERATIONS: dict[KeyType, Generation] = {
+    KeyType.EC_P256: Generation(
+        Mechanism.EC_KEY_PAIR_GEN, pkcs11.KeyType.EC, parameters=(bytes.fromhex("06082a8648ce3d030107"),)
+    ),
+    KeyType.EC_P384: Generation(
+        Mechanism.EC_KEY_PAIR_GEN, pkcs11.KeyType.EC, parameters=(bytes.fromhex("06052b81040022"),)
+    ),
+    KeyType.ED25519: Generation(
+        Mechanism.EC_EDWARDS_KEY_PAIR_GEN, pkcs11.KeyType.EC_EDWARDS, parameters=_ED25519_PARAMETERS
+    ),
+    KeyType.RSA_2048: Generation(Mechanism.RSA_PKCS_KEY_PAIR_GEN, pkcs11.KeyType.RSA, bits=2048),
+    KeyType.RSA_3072: Generation(Mechanism.RSA_PKCS_KEY_PAIR_GEN, pkcs11.KeyType.RSA, bits=3072),
+    KeyType.RSA_4096: Generation(Mechanism.RSA_PKCS_KEY_PAIR_GEN, pkcs11.KeyType.RSA, bits=4096),
+}
+
+
+def private_template() -> dict[Attribute, Any]:
+    """A private key that lives and dies in the token, and does nothing but sign."""
+    return {
+        Attribute.TOKEN: True,
+        Attribute.PRIVATE: True,
+        Attribute.SENSITIVE: True,
+        Attribute.EXTRACTABLE: False,
+        Attribute.SIGN: True,
+        Attribute.DECRYPT: False,
+        Attribute.UNWRAP: False,
+        Attribute.DERIVE: False,
+        Attribute.SIGN_RECOVER: False,
+    }
+
+
+def public_template() -> dict[Attribute, Any]:
+    return {Attribute.TOKEN: True, Attribute.VERIFY: True, Attribute.ENCRYPT: False, Attribute.WRAP: False}
+
+
+def schemes_offered(mechanisms: set[Mechanism]) -> tuple[SignatureScheme, ...]:
+    """The schemes of a token that has these mechanisms."""
+    return tuple(scheme for scheme in sorted(SIGN_MECHANISMS) if SIGN_MECHANISMS[scheme].mechanism in mechanisms)
+
+
+def key_types_offered(mechanisms: set[Mechanism]) -> tuple[KeyType, ...]:
+    """The key types that a token with these mechanisms can both make and use in at least one scheme."""
+    families = {scheme.facts.family for scheme in schemes_offered(mechanisms)}
+    return tuple(
+        key_type
+        for key_type in KeyType
+        if GENERATIONS[key_type].mechanism in mechanisms and key_type.family in families
+    )
+
+
+def message_input(scheme: SignatureScheme, message: bytes) -> bytes:
+    """What the mechanism takes: the message, or its digest where the token does not hash."""
+    prehash = SIGN_MECHANISMS[scheme].prehash
+    return hashlib.new(prehash, message).digest() if prehash else message
+
+
+def signature_der(scheme: SignatureScheme, raw: bytes) -> bytes:
+    """The signature as TLS and X.509 want it: ECDSA's raw r||s becomes DER. Raises: Internal."""
+    if scheme.facts.family not in _COORDINATE_BYTES:
+        return raw
+    half = _COORDINATE_BYTES[scheme.facts.family]
+    if len(raw) != 2 * half:
+        raise Internal(f"token gave an ECDSA signature of {len(raw)} bytes, not {2 * half}")
+    return encode_dss_signature(int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big"))
+
+
+_COORDINATE_BYTES = {KeyFamily.EC_P256: 32, KeyFamily.EC_P384: 48}
+_CURVES: dict[KeyFamily, ec.EllipticCurve] = {
+    KeyFamily.EC_P256: ec.SECP256R1(),
+    KeyFamily.EC_P384: ec.SECP384R1(),
+}
+
+
+def spki_of(public_key: Any, key_type: KeyType) -> bytes:
+    """The SubjectPublicKeyInfo of a token's public key object. Raises: KeyTypeNotSupported."""
+    try:
+        if key_type.family is KeyFamily.RSA:
+            modulus = int.from_bytes(public_key[Attribute.MODULUS], "big")
+            exponent = int.from_bytes(public_key[Attribute.PUBLIC_EXPONENT], "big")
+            key: Any = rsa.RSAPublicNumbers(exponent, modulus).public_key()
+        else:
+            point = _point(bytes(public_key[Attribute.EC_POINT]))
+            if key_type.family is KeyFamily.ED25519:
+                key = ed25519.Ed25519PublicKey.from_public_bytes(point)
+            else:
+                key = ec.EllipticCurvePublicKey.from_encoded_point(_CURVES[key_type.family], point)
+    except ValueError:
+        raise KeyTypeNotSupported(f"token gave a public key that is not one of type {key_type.value}") from None
+    encoded: bytes = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return encoded
+
+
+def _point(value: bytes) -> bytes:
+    """CKA_EC_POINT is an OCTET STRING by the standard; some tokens leave the wrapping off."""
+    try:
+        return read_element(value, OCTET_STRING, "EC point").value
+    except DerError:
+        return value

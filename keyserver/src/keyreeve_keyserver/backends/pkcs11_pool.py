@@ -1,0 +1,210 @@
+"""A pool of PKCS#11 workers: hands each question to an idle one, brings dead ones back with back-off, and keeps every caller's deadline.
+
+A question whose worker died goes to another once more: all questions but `Create` may be put twice. A refused PIN stops the pool for good,
+since a token locks after a few tries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from keyreeve_common.errors import DeadlineExceeded, KeyreeveError, TokenPinIncorrect, TokenUnavailable
+from keyreeve_common.telemetry import log, log_warning
+
+from keyreeve_keyserver.backends import pkcs11_frames as frames
+from keyreeve_keyserver.backends.pkcs11_process import WorkerGone, WorkerProcess
+from keyreeve_keyserver.frames import JsonObject
+
+MAX_WAITING = 4_096
+_ATTEMPTS = 3
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 10.0
+
+
+@dataclass(slots=True)
+class _Job:
+    question: frames.Question
+    answer: asyncio.Future[frames.Answer]
+    attempts: int = field(default=0)
+
+
+class WorkerPool:
+    """`state` and `detail` are for health: "" while the pool works. Raises from `start`: TokenPinIncorrect."""
+
+    def __init__(self, name: str, settings: frames.Open, *, workers: int, call_timeout: timedelta) -> None:
+        self._name = name
+        self._settings = settings
+        self._size = workers
+        self._call_timeout = call_timeout
+        self._jobs: deque[_Job] = deque()
+        self._wakeup = asyncio.Condition()
+        self._slots: list[asyncio.Task[None]] = []
+        self._processes: dict[int, WorkerProcess] = {}
+        self._fault: KeyreeveError | None = None
+        self.description: JsonObject = {}
+
+    @property
+    def fault(self) -> KeyreeveError | None:
+        """Why no worker can be had, or None while one works or is being started."""
+        return self._fault
+
+    @property
+    def waiting(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that are open now."""
+        return tuple(process.pid for process in self._processes.values())
+
+    async def start(self) -> None:
+        """Opens the first worker, then the others: so a wrong PIN is tried once only. Raises: TokenPinIncorrect."""
+        try:
+            first: WorkerProcess | None = await self._open()
+        except TokenPinIncorrect:
+            raise
+        except KeyreeveError as error:
+            first = None
+            self._fail(error)
+        self._slots = [
+            asyncio.create_task(self._run_slot(index, first if index == 0 else None)) for index in range(self._size)
+        ]
+
+    async def close(self) -> None:
+        for slot in self._slots:
+            slot.cancel()
+        await asyncio.gather(*self._slots, return_exceptions=True)
+        self._drop_waiting(TokenUnavailable("the signer is stopping"))
+
+    async def ask(self, question: frames.Question, *, within: timedelta) -> frames.Answer:
+        """Raises: what the worker refused with, DeadlineExceeded, TokenUnavailable."""
+        if self._fault is not None:
+            raise self._again(self._fault)
+        if len(self._jobs) >= MAX_WAITING:
+            raise TokenUnavailable("too many requests wait for the token", retry_after=timedelta(seconds=1))
+        job = _Job(question, asyncio.get_running_loop().create_future())
+        self._jobs.append(job)
+        await self._wake()
+        try:
+            async with asyncio.timeout(max(within.total_seconds(), 0)):
+                answer = await job.answer
+        except TimeoutError:
+            with suppress(ValueError):
+                self._jobs.remove(job)
+            raise DeadlineExceeded("deadline passed while the token was at work") from None
+        if isinstance(answer, frames.Failed):
+            raise answer.error
+        return answer
+
+    async def _run_slot(self, index: int, process: WorkerProcess | None) -> None:
+        """Keeps one worker alive and busy."""
+        pause = _FIRST_PAUSE
+        try:
+            while True:
+                if process is None:
+                    process = await self._reopen()
+                    if process is None:
+                        await asyncio.sleep(pause)
+                        pause = min(pause * 2, _LONGEST_PAUSE)
+                        continue
+                pause = _FIRST_PAUSE
+                self._processes[index] = process
+                self._fault = None
+                await self._work(process)
+                log_warning("pkcs11_worker_lost", backend=self._name, pid=process.pid)
+                del self._processes[index]
+                process.end()
+                process = None
+        except TokenPinIncorrect as error:
+            self._fail(error)
+        finally:
+            self._processes.pop(index, None)
+            if process is not None:
+                process.end()
+
+    async def _reopen(self) -> WorkerProcess | None:
+        """Raises: TokenPinIncorrect; after any other fault None, and the pool is down if no other worker is up."""
+        if isinstance(self._fault, TokenPinIncorrect):
+            raise self._fault
+        try:
+            return await self._open()
+        except TokenPinIncorrect:
+            raise
+        except KeyreeveError as error:
+            if not self._processes:
+                self._fail(error)
+            return None
+
+    async def _open(self) -> WorkerProcess:
+        process = await WorkerProcess.spawn()
+        try:
+            answer = await process.ask(self._settings, within=self._call_timeout)
+            if isinstance(answer, frames.Failed):
+                raise answer.error
+            if not isinstance(answer, frames.Done):
+                raise WorkerGone("the PKCS#11 worker gave an answer to another question")
+        except BaseException:
+            process.end()
+            raise
+        self.description = answer.answer
+        log("pkcs11_worker_open", backend=self._name, pid=process.pid)
+        return process
+
+    async def _work(self, process: WorkerProcess) -> None:
+        """Puts questions to this worker until it is lost."""
+        while True:
+            job = await self._next_job()
+            job.attempts += 1
+            try:
+                answer = await process.ask(job.question, within=self._call_timeout)
+            except WorkerGone as error:
+                self._put_back(job, error)
+                await self._wake()
+                return
+            except asyncio.CancelledError:
+                _refuse(job, TokenUnavailable("the signer is stopping"))
+                raise
+            if not job.answer.done():
+                job.answer.set_result(answer)
+
+    async def _next_job(self) -> _Job:
+        async with self._wakeup:
+            while not self._jobs:
+                await self._wakeup.wait()
+            return self._jobs.popleft()
+
+    def _put_back(self, job: _Job, error: WorkerGone) -> None:
+        if job.answer.done():
+            return
+        if isinstance(job.question, frames.Create) or job.attempts >= _ATTEMPTS:
+            _refuse(job, TokenUnavailable(error.detail))
+        else:
+            self._jobs.appendleft(job)
+
+    def _fail(self, error: KeyreeveError) -> None:
+        if self._fault is None or self._fault.detail != error.detail:
+            log_warning("pkcs11_backend_down", backend=self._name, error=str(error))
+        self._fault = error
+        self._drop_waiting(error)
+
+    def _drop_waiting(self, error: KeyreeveError) -> None:
+        while self._jobs:
+            _refuse(self._jobs.popleft(), self._again(error))
+
+    @staticmethod
+    def _again(error: KeyreeveError) -> KeyreeveError:
+        """A fresh exception for each caller: one object raised in many tasks would gather their tracebacks."""
+        return TokenUnavailable(error.detail, retry_after=timedelta(seconds=1))
+
+    async def _wake(self) -> None:
+        async with self._wakeup:
+            self._wakeup.notify()
+
+
+def _refuse(job: _Job, error: KeyreeveError) -> None:
+    if not job.answer.done():
+        job.answer.set_result(frames.Failed(error))

@@ -1,0 +1,274 @@
+"""One token, one session, one thread: what a worker does with it. Imported by the worker only, since it loads python-pkcs11.
+
+The PIN is read from its file at each log-in and kept nowhere. A wrong PIN is never tried twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pkcs11
+from keyreeve_common.errors import (
+    Conflict,
+    DeadlineExceeded,
+    FailedPrecondition,
+    KeyreeveError,
+    SchemeNotSupported,
+    SealedRecordInvalid,
+    StorageFull,
+    TokenUnavailable,
+)
+from keyreeve_common.schemes import KeyType
+from pkcs11 import Attribute, ObjectClass
+from pkcs11 import exceptions as p11
+
+from keyreeve_keyserver.backends import pkcs11_mechanisms as mechanisms
+from keyreeve_keyserver.backends.pkcs11_errors import SESSION_LOST, error_of
+from keyreeve_keyserver.backends.pkcs11_frames import Box, Open, TokenSignItem
+from keyreeve_keyserver.frames import JsonObject
+
+_T = TypeVar("_T")
+_TOKENDIR = re.compile(r"^\s*directories\.tokendir\s*=\s*(\S.*?)\s*$", re.MULTILINE)
+_PROBE_BYTES = 65_536
+
+
+class Token:
+    """An open session with a logged-in user. Raises: TokenUnavailable, TokenPinIncorrect."""
+
+    def __init__(self, settings: Open) -> None:
+        self._settings = settings
+        self._keys: dict[str, Any] = {}
+        self._token = self._find_token()
+        self._session = self._log_in()
+        self._mechanisms = set(self._guarded("reading the token's mechanisms", self._token.slot.get_mechanisms))
+
+    def describe(self) -> JsonObject:
+        return {
+            "key_types": [key_type.value for key_type in mechanisms.key_types_offered(self._mechanisms)],
+            "schemes": [int(scheme) for scheme in mechanisms.schemes_offered(self._mechanisms)],
+        }
+
+    def create(self, ref: str, key_type: KeyType) -> JsonObject:
+        """A key pair born in the token, and what the token says of it.
+
+        Raises: Conflict, FailedPrecondition, KeyTypeNotSupported, StorageFull.
+        """
+        if self._objects(ref):
+            raise Conflict("the token holds a key with this id already")
+        public_key, private_key = self._guarded("creating a key", lambda: self._generate(ref, key_type), stores=True)
+        try:
+            attributes = self._attributes(private_key)
+            if attributes["extractable"] or not attributes["sensitive"]:
+                raise FailedPrecondition("the token made a key that can be extracted: it is not fit for Keyreeve")
+            spki_der = mechanisms.spki_of(public_key, key_type)
+        except (KeyreeveError, p11.PKCS11Error) as error:
+            with suppress(p11.PKCS11Error, KeyreeveError):
+                self.destroy(ref)
+            raise error if isinstance(error, KeyreeveError) else error_of(error, "reading the new key") from None
+        return {"spki_der": spki_der.hex(), "attributes": attributes}
+
+    def find(self, ref: str) -> None:
+        """Raises: KeyNotFound."""
+        self._keys.pop(ref, None)
+        self._retried("finding the key", lambda: self._private_key(ref))
+
+    def destroy(self, ref: str) -> None:
+        self._keys.pop(ref, None)
+        for found in self._objects(ref):
+            self._guarded("destroying the key", found.destroy)
+
+    def sign(self, item: TokenSignItem, *, received: float) -> bytes:
+        """Raises: DeadlineExceeded, KeyNotFound, SchemeNotSupported, TokenUnavailable."""
+        if time.monotonic() >= received + item.deadline_ms / 1000:
+            raise DeadlineExceeded("deadline passed before the token was reached")
+        how = mechanisms.SIGN_MECHANISMS[item.scheme]
+        if how.mechanism not in self._mechanisms:
+            raise SchemeNotSupported(f"the token has no mechanism for {item.scheme.iana_name}")
+        data = mechanisms.message_input(item.scheme, item.message)
+        raw = self._retried(
+            "signing",
+            lambda: self._private_key(item.ref).sign(data, mechanism=how.mechanism, mechanism_param=how.parameter),
+        )
+        return mechanisms.signature_der(item.scheme, bytes(raw))
+
+    def box(self, box: Box) -> bytes:
+        """AES-256-GCM with a key that never leaves the token. Raises: SealedRecordInvalid, TokenUnavailable."""
+        if not box.decrypt:
+            return self._retried("sealing", lambda: self._gcm(box, box.data, decrypt=False))
+        try:
+            return self._retried("unsealing", lambda: self._gcm(box, box.data, decrypt=True))
+        except TokenUnavailable:
+            # Tokens say "general error" for a wrong tag: if a box of our own opens, the one given is at fault.
+            probe = self._retried("unsealing", lambda: self._gcm(box, b"probe", decrypt=False))
+            self._retried("unsealing", lambda: self._gcm(box, probe, decrypt=True))
+            raise SealedRecordInvalid("record was changed, or sealed under another key-encryption key") from None
+
+    def _gcm(self, box: Box, data: bytes, *, decrypt: bool) -> bytes:
+        parameter = pkcs11.GCMParams(nonce=box.nonce, aad=box.associated, tag_bits=128)
+        key = self._sealing_key(box.label, may_create=not box.decrypt)
+        run = key.decrypt if decrypt else key.encrypt
+        return bytes(run(data, mechanism=pkcs11.Mechanism.AES_GCM, mechanism_param=parameter))
+
+    def _sealing_key(self, label: str, *, may_create: bool) -> Any:
+        try:
+            return self._session.get_key(object_class=ObjectClass.SECRET_KEY, key_type=pkcs11.KeyType.AES, label=label)
+        except p11.NoSuchKey:
+            if not may_create:
+                raise SealedRecordInvalid(f"the token holds no key-encryption key of label {label}") from None
+        template = {Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False, Attribute.PRIVATE: True}
+        return self._guarded(
+            "creating the key-encryption key",
+            lambda: self._session.generate_key(
+                pkcs11.KeyType.AES, 256, id=label.encode(), label=label, store=True, template=template
+            ),
+            stores=True,
+        )
+
+    def _generate(self, ref: str, key_type: KeyType) -> tuple[Any, Any]:
+        how = mechanisms.GENERATIONS[key_type]
+        common = {
+            "id": ref.encode("ascii"),
+            "label": ref,
+            "store": True,
+            "public_template": mechanisms.public_template(),
+            "private_template": mechanisms.private_template(),
+        }
+        if how.bits:
+            pair: tuple[Any, Any] = self._session.generate_keypair(
+                how.key_type, how.bits, mechanism=how.mechanism, **common
+            )
+            return pair
+        last: Exception | None = None
+        for spelling in how.parameters:
+            parameters = self._session.create_domain_parameters(
+                how.key_type, {Attribute.EC_PARAMS: spelling}, local=True
+            )
+            try:
+                pair = parameters.generate_keypair(mechanism=how.mechanism, **common)
+            except (p11.DomainParamsInvalid, p11.AttributeValueInvalid, p11.GeneralError) as error:
+                last = error
+            else:
+                return pair
+        raise last or p11.DomainParamsInvalid
+
+    def _attributes(self, private_key: Any) -> dict[str, str | bool]:
+        """What the token itself says, read back from the object."""
+        return {
+            "token": self._settings.token_label,
+            "object_label": str(private_key[Attribute.LABEL]),
+            "extractable": bool(private_key[Attribute.EXTRACTABLE]),
+            "sensitive": bool(private_key[Attribute.SENSITIVE]),
+            "generated_in_token": bool(private_key[Attribute.LOCAL]),
+            "never_extractable": bool(private_key[Attribute.NEVER_EXTRACTABLE]),
+            "always_sensitive": bool(private_key[Attribute.ALWAYS_SENSITIVE]),
+        }
+
+    def _objects(self, ref: str) -> list[Any]:
+        return self._retried(
+            "finding the key", lambda: list(self._session.get_objects({Attribute.ID: ref.encode("ascii")}))
+        )
+
+    def _private_key(self, ref: str) -> Any:
+        key = self._keys.get(ref)
+        if key is None:
+            key = self._session.get_key(object_class=ObjectClass.PRIVATE_KEY, id=ref.encode("ascii"))
+            self._keys[ref] = key
+        return key
+
+    def _retried(self, doing: str, work: Callable[[], _T]) -> _T:
+        """Runs `work`; where the session is lost, logs in again, drops the handles and runs it once more."""
+        try:
+            return work()
+        except KeyreeveError:
+            raise
+        except SESSION_LOST:
+            self._keys.clear()
+            with suppress(p11.PKCS11Error):
+                self._session.close()
+            self._session = self._log_in()
+            return self._guarded(doing, work)
+        except p11.PKCS11Error as error:
+            raise error_of(error, doing) from error
+
+    def _guarded(self, doing: str, work: Callable[[], _T], *, stores: bool = False) -> _T:
+        try:
+            return work()
+        except p11.PKCS11Error as error:
+            if stores:
+                self._check_disk()
+            raise error_of(error, doing) from error
+
+    def _find_token(self) -> Any:
+        settings = self._settings
+        if settings.softhsm_conf:
+            os.environ["SOFTHSM2_CONF"] = settings.softhsm_conf
+            self._check_softhsm()
+        if not Path(settings.module).is_file():
+            raise TokenUnavailable(f"module {settings.module} does not exist: install it, or correct `module`")
+        try:
+            library = pkcs11.lib(settings.module)
+            return library.get_token(token_label=settings.token_label)
+        except p11.NoSuchToken:
+            raise TokenUnavailable(
+                f"no token has the label {settings.token_label!r}: initialise it, or correct `token_label`"
+            ) from None
+        except p11.MultipleTokensReturned:
+            raise TokenUnavailable(
+                f"several tokens have the label {settings.token_label!r}: labels must differ"
+            ) from None
+        except p11.PKCS11Error as error:
+            kind = type(error).__name__
+            raise TokenUnavailable(
+                f"module {settings.module} does not load or start ({kind}): check the file and the module's own configuration"
+            ) from None
+
+    def _check_softhsm(self) -> None:
+        """SoftHSM says "general error" for all of these; its configuration tells them apart."""
+        conf = self._settings.softhsm_conf
+        store = _softhsm_store(conf)
+        if store is None:
+            raise TokenUnavailable(f"softhsm_conf {conf} cannot be read or names no directories.tokendir: correct it")
+        if not store.is_dir() or not os.access(store, os.R_OK | os.X_OK):
+            raise TokenUnavailable(f"SoftHSM's token directory {store} is missing or cannot be read: restore it")
+
+    def _check_disk(self) -> None:
+        """Raises: StorageFull when the disk under a SoftHSM token takes no more."""
+        store = _softhsm_store(self._settings.softhsm_conf) if self._settings.softhsm_conf else None
+        if store is None:
+            return
+        probe = store / f".keyreeve-probe-{os.getpid()}"
+        try:
+            probe.write_bytes(bytes(_PROBE_BYTES))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageFull(f"the disk under SoftHSM's token directory {store} is full: make room") from None
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _log_in(self) -> Any:
+        pin_file = self._settings.pin_file
+        try:
+            pin = Path(pin_file).read_text(encoding="utf-8").strip("\r\n")
+        except (OSError, UnicodeDecodeError):
+            raise TokenUnavailable(f"pin_file {pin_file} cannot be read: give the worker's user access to it") from None
+        if not pin:
+            raise TokenUnavailable(f"pin_file {pin_file} is empty: write the token's user PIN into it")
+        try:
+            return self._token.open(rw=True, user_pin=pin)
+        except p11.PKCS11Error as error:
+            raise error_of(error, f"logging in to token {self._settings.token_label!r}") from None
+
+
+def _softhsm_store(conf: str) -> Path | None:
+    try:
+        match = _TOKENDIR.search(Path(conf).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return Path(match.group(1)) if match else None

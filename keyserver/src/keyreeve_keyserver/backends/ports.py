@@ -1,0 +1,94 @@
+"""What the signer needs of a backend. Messages that reach a backend have been judged; it hashes and signs them.
+
+Every method raises our errors only, and one failed request never fails its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from keyreeve_common.errors import KeyreeveError
+from keyreeve_common.key_id import KeyId
+from keyreeve_common.schemes import KeyType, SignatureScheme
+
+from keyreeve_keyserver.domain.keys import Custody, KeyRecord
+from keyreeve_keyserver.domain.secret import Secret
+
+
+class BackendState(StrEnum):
+    UP = "up"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What this backend can do now; empty while it is down and nothing is known."""
+
+    custody: Custody
+    key_types: tuple[KeyType, ...]
+    schemes: tuple[SignatureScheme, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BackendHealth:
+    """`detail` says what to do when it is down. `workers` are those that can sign now, `waiting` the requests not yet begun."""
+
+    state: BackendState
+    detail: str = ""
+    workers: int = 0
+    waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedKey:
+    """`secret` is the PKCS#8 of a software key, to be sealed; None where the private half stays in a token."""
+
+    spki_der: bytes
+    backend_ref: str
+    secret: Secret | None
+    attributes: dict[str, str | bool]
+
+
+@dataclass(frozen=True, slots=True)
+class SignRequest:
+    """`deadline` is a time of `time.monotonic`."""
+
+    record: KeyRecord
+    scheme: SignatureScheme
+    message: bytes = field(repr=False)
+    deadline: float
+
+
+SignOutcome = bytes | KeyreeveError
+
+
+class Backend(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    async def start(self) -> None:
+        """Raises: TokenPinIncorrect only; any other fault shows in `health`, and the backend goes on trying."""
+
+    async def close(self) -> None: ...
+
+    def capabilities(self) -> Capabilities: ...
+
+    def health(self) -> BackendHealth: ...
+
+    async def create(self, key_id: KeyId, key_type: KeyType) -> CreatedKey:
+        """Raises: KeyTypeNotSupported, Conflict, TokenUnavailable, StorageFull."""
+
+    async def load(self, record: KeyRecord, secret: Secret | None) -> None:
+        """Makes the key ready to sign. Raises: KeyNotFound, TokenUnavailable, SealedRecordInvalid."""
+
+    def forget(self, key_id: KeyId) -> None:
+        """Drops what is in memory of the key; a key that is not loaded is no error."""
+
+    async def sign(self, requests: Sequence[SignRequest]) -> list[SignOutcome]:
+        """One outcome per request, in their order; ECDSA signatures are DER. Raises nothing."""
+
+    async def destroy(self, record: KeyRecord) -> None:
+        """Ends the key; one that is gone already is no error. Raises: TokenUnavailable."""

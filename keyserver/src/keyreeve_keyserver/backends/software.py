@@ -1,0 +1,183 @@
+"""Software keys: in this process's memory while loaded, sealed outside it otherwise. Signs with `cryptography` in worker threads.
+
+Spec: RFC 8017 (RSA results are verified before release, against faults in CRT), RFC 6979 is not used: OpenSSL takes nonces from the
+operating system's generator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, cast
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_der_private_key,
+)
+from keyreeve_common.errors import DeadlineExceeded, Internal, KeyNotFound, KeyreeveError, SealedRecordInvalid
+from keyreeve_common.key_id import KeyId
+from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, Padding, SignatureScheme, check_scheme_fits
+
+from keyreeve_keyserver.backends.ports import (
+    BackendHealth,
+    BackendState,
+    Capabilities,
+    CreatedKey,
+    SignOutcome,
+    SignRequest,
+)
+from keyreeve_keyserver.domain.keys import Custody, KeyRecord
+from keyreeve_keyserver.domain.secret import Secret
+
+PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
+_GENERATORS: dict[KeyType, Callable[[], PrivateKey]] = {
+    KeyType.EC_P256: lambda: ec.generate_private_key(ec.SECP256R1()),
+    KeyType.EC_P384: lambda: ec.generate_private_key(ec.SECP384R1()),
+    KeyType.ED25519: ed25519.Ed25519PrivateKey.generate,
+    KeyType.RSA_2048: lambda: rsa.generate_private_key(65537, 2048),
+    KeyType.RSA_3072: lambda: rsa.generate_private_key(65537, 3072),
+    KeyType.RSA_4096: lambda: rsa.generate_private_key(65537, 4096),
+}
+# How many requests one thread takes at a time: enough to make the hand-over cheap, few enough to spread a batch over the threads.
+_CHUNKS = {KeyFamily.EC_P256: 32, KeyFamily.EC_P384: 8, KeyFamily.ED25519: 32, KeyFamily.RSA: 4}
+_T = TypeVar("_T")
+_Work = list[tuple[int, SignRequest]]
+
+
+class SoftwareBackend:
+    def __init__(self, name: str, *, threads: int = 0) -> None:
+        self._name = name
+        self._keys: dict[KeyId, PrivateKey] = {}
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix=f"sign-{name}")
+        self._waiting = 0
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    async def start(self) -> None:
+        return
+
+    async def close(self) -> None:
+        self._keys.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(Custody.SEALED_SOFTWARE, tuple(KeyType), tuple(sorted(SignatureScheme)))
+
+    def health(self) -> BackendHealth:
+        return BackendHealth(BackendState.UP, workers=self._threads, waiting=self._waiting)
+
+    async def create(self, key_id: KeyId, key_type: KeyType) -> CreatedKey:
+        key = await self._run(_GENERATORS[key_type])
+        pkcs8 = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+        spki_der = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        attributes: dict[str, str | bool] = {
+            "token": "",
+            "object_label": "",
+            "extractable": True,
+            "sensitive": False,
+            "generated_in_token": False,
+        }
+        return CreatedKey(spki_der, key_id, Secret(pkcs8), attributes)
+
+    async def load(self, record: KeyRecord, secret: Secret | None) -> None:
+        if not secret:
+            raise SealedRecordInvalid("record of a software key holds no key")
+        pkcs8 = secret.reveal()
+        key = await self._run(lambda: load_der_private_key(pkcs8, None, unsafe_skip_rsa_key_validation=True))
+        spki_der = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        if spki_der != record.spki_der:
+            raise SealedRecordInvalid("the sealed key is not the one of the record's header")
+        self._keys[record.key_id] = cast("PrivateKey", key)
+
+    def forget(self, key_id: KeyId) -> None:
+        self._keys.pop(key_id, None)
+
+    async def destroy(self, record: KeyRecord) -> None:
+        """The sealed record is the only copy: who destroys the key erases that."""
+        self.forget(record.key_id)
+
+    async def sign(self, requests: Sequence[SignRequest]) -> list[SignOutcome]:
+        outcomes: list[SignOutcome] = [Internal("request was not reached")] * len(requests)
+        loop = asyncio.get_running_loop()
+        self._waiting += len(requests)
+        try:
+            jobs = [loop.run_in_executor(self._pool, self._sign_chunk, chunk) for chunk in _chunks(requests)]
+            for done in await asyncio.gather(*jobs):
+                for index, outcome in done:
+                    outcomes[index] = outcome
+        finally:
+            self._waiting -= len(requests)
+        return outcomes
+
+    def _sign_chunk(self, chunk: _Work) -> list[tuple[int, SignOutcome]]:
+        return [(index, self._sign_one(request)) for index, request in chunk]
+
+    def _sign_one(self, request: SignRequest) -> SignOutcome:
+        if time.monotonic() >= request.deadline:
+            return DeadlineExceeded("deadline passed before the key was reached")
+        key = self._keys.get(request.record.key_id)
+        if key is None:
+            return KeyNotFound()
+        try:
+            check_scheme_fits(request.scheme, request.record.key_type)
+            return _SIGNERS[request.record.key_type.family](key, request.scheme, request.message)
+        except KeyreeveError as error:
+            return error
+        except (InvalidSignature, ValueError, TypeError):
+            return Internal("the software key failed to sign")
+
+    async def _run(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def _chunks(requests: Sequence[SignRequest]) -> list[_Work]:
+    """The requests by kind of key, cut into the pieces that one thread signs at a time."""
+    lanes: dict[KeyFamily, _Work] = {}
+    for index, request in enumerate(requests):
+        lanes.setdefault(request.record.key_type.family, []).append((index, request))
+    return [
+        lane[at : at + _CHUNKS[family]] for family, lane in lanes.items() for at in range(0, len(lane), _CHUNKS[family])
+    ]
+
+
+def _sign_ec(key: PrivateKey, scheme: SignatureScheme, message: bytes) -> bytes:
+    return cast("ec.EllipticCurvePrivateKey", key).sign(message, ec.ECDSA(HASHES[scheme.facts.hash_name]()))
+
+
+def _sign_ed25519(key: PrivateKey, _scheme: SignatureScheme, message: bytes) -> bytes:
+    return cast("ed25519.Ed25519PrivateKey", key).sign(message)
+
+
+def _sign_rsa(key: PrivateKey, scheme: SignatureScheme, message: bytes) -> bytes:
+    """Verified before release: a fault in one half of the CRT would give the key away."""
+    private_key = cast("rsa.RSAPrivateKey", key)
+    algorithm, form = HASHES[scheme.facts.hash_name](), rsa_padding(scheme)
+    signature = private_key.sign(message, form, algorithm)
+    private_key.public_key().verify(signature, message, form, algorithm)
+    return signature
+
+
+def rsa_padding(scheme: SignatureScheme) -> padding.AsymmetricPadding:
+    """Spec: RFC 8446 4.2.3: the salt of PSS is as long as the digest."""
+    if scheme.facts.padding is Padding.PKCS1_V15:
+        return padding.PKCS1v15()
+    return padding.PSS(padding.MGF1(HASHES[scheme.facts.hash_name]()), padding.PSS.DIGEST_LENGTH)
+
+
+_SIGNERS: dict[KeyFamily, Callable[[PrivateKey, SignatureScheme, bytes], bytes]] = {
+    KeyFamily.EC_P256: _sign_ec,
+    KeyFamily.EC_P384: _sign_ec,
+    KeyFamily.ED25519: _sign_ed25519,
+    KeyFamily.RSA: _sign_rsa,
+}
