@@ -1,0 +1,98 @@
+"""Command-line arguments, parsed into what the services take. A wrong argument is a usage error (exit code 2) that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
+
+import typer
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from keyreeve_common.config import parse_duration
+from keyreeve_common.errors import KeyreeveError
+from keyreeve_common.identity import SpiffeId
+from keyreeve_common.key_id import parse_key_id
+from keyreeve_common.purposes import parse_purpose
+from keyreeve_common.schemes import KeyType
+from keyreeve_common.v1 import ca_pb2, types_pb2
+
+T = TypeVar("T")
+
+
+def spiffe_id(text: str) -> str:
+    return str(_checked(SpiffeId.parse, text))
+
+
+def key_id(text: str) -> str:
+    return _checked(parse_key_id, text)
+
+
+def duration(text: str) -> timedelta:
+    return _checked(parse_duration, text)
+
+
+def duration_proto(text: str | None) -> Duration | None:
+    if text is None:
+        return None
+    message = Duration()
+    message.FromTimedelta(duration(text))
+    return message
+
+
+def expiry_proto(text: str | None, *, now: datetime | None = None) -> Timestamp | None:
+    """A time in RFC 3339 with its zone, or a duration from now."""
+    if text is None:
+        return None
+    when = _instant(text) or (now or datetime.now(UTC)) + duration(text)
+    message = Timestamp()
+    message.FromDatetime(when)
+    return message
+
+
+def _instant(text: str) -> datetime | None:
+    if "T" not in text:
+        return None
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text[:64]!r} is not a time such as 2030-01-31T12:00:00Z") from None
+    if when.tzinfo is None:
+        raise typer.BadParameter(f"{text[:64]!r} has no zone: add Z for UTC")
+    return when.astimezone(UTC)
+
+
+def selector(text: str) -> ca_pb2.Selector:
+    """`unix:uid:1000` is of type `unix` and has the value `uid:1000`."""
+    kind, colon, value = text.partition(":")
+    if not (kind and colon and value):
+        raise typer.BadParameter(f"{text[:64]!r} is not a selector such as unix:uid:1000")
+    return ca_pb2.Selector(type=kind, value=value)
+
+
+def selectors(texts: Iterable[str]) -> list[ca_pb2.Selector]:
+    return [selector(text) for text in texts]
+
+
+def delegate(text: str) -> ca_pb2.Delegate:
+    """A SPIFFE ID, or selectors that a process must all have, with commas between."""
+    if text.startswith("spiffe://"):
+        return ca_pb2.Delegate(spiffe_id=spiffe_id(text))
+    return ca_pb2.Delegate(selectors=selectors(text.split(",")))
+
+
+def purposes(texts: Iterable[str]) -> list[types_pb2.Purpose.ValueType]:
+    return [types_pb2.Purpose.ValueType(_checked(parse_purpose, text).value) for text in texts]
+
+
+def key_type(value: KeyType | None) -> types_pb2.KeyType.ValueType:
+    if value is None:
+        return types_pb2.KEY_TYPE_UNSPECIFIED
+    return types_pb2.KeyType.Value("KEY_TYPE_" + value.value.replace("-", "_").upper())
+
+
+def _checked(parse: Callable[[str], T], text: str) -> T:
+    try:
+        return parse(text)
+    except KeyreeveError as error:
+        raise typer.BadParameter(error.detail) from None

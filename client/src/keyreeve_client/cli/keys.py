@@ -1,0 +1,167 @@
+"""`keyreeve key` and `keyreeve grant`: the key server's keys, and who may use them."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated
+
+import typer
+from keyreeve_common.schemes import KeyType
+from keyreeve_common.v1 import keyserver_pb2
+
+from keyreeve_client.cli import arguments
+from keyreeve_client.cli.connections import (
+    DEFAULT_KEY_SERVER_SOCKET,
+    PAGE_SIZE,
+    TIMEOUT_S,
+    KeyServerSocket,
+    all_pages,
+    key_server,
+)
+from keyreeve_client.cli.output import Output, show_list, show_one
+
+app = typer.Typer(no_args_is_help=True, help="Keys of the key server.")
+grants = typer.Typer(no_args_is_help=True, help="Who may use which key.")
+_COLUMNS = ("key_id", "key_type", "role", "state", "backend", "label", "attributes", "signatures")
+_GRANT_COLUMNS = ("key_id", "holder", "purposes", "expires_at", "revoked_at")
+
+KeyIdArgument = Annotated[str, typer.Argument(help="The key's id.")]
+KeyIdOption = Annotated[str, typer.Option("--key-id", help="The key's id.")]
+Holder = Annotated[str, typer.Option("--holder", help="SPIFFE ID of the agent.")]
+
+
+@app.command("list")
+def list_keys(
+    label: Annotated[str, typer.Option("--label", help="Only keys with this label.")] = "",
+    socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET,
+    output: Output = None,
+) -> None:
+    """All keys."""
+    with key_server(socket) as stubs:
+        pages = all_pages(
+            lambda token: stubs.keys.ListKeys(
+                keyserver_pb2.ListKeysRequest(label=label, page_size=PAGE_SIZE, page_token=token), timeout=TIMEOUT_S
+            )
+        )
+        show_list([key for page in pages for key in page.keys], _COLUMNS, output)
+
+
+@app.command("show")
+def show(key_id: KeyIdArgument, socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET, output: Output = None) -> None:
+    """One key: where it is, what the token says of it, what it may sign."""
+    request = keyserver_pb2.GetKeyRequest(key_id=arguments.key_id(key_id))
+    with key_server(socket) as stubs:
+        show_one(stubs.keys.GetKey(request, timeout=TIMEOUT_S), output)
+
+
+@app.command("create")
+def create(
+    *,
+    key_type: Annotated[KeyType, typer.Option("--key-type")] = KeyType.EC_P256,
+    backend: Annotated[str, typer.Option("--backend", help="Which backend; empty: the server's default.")] = "",
+    label: Annotated[str, typer.Option("--label", help="For people: what it is for.")] = "",
+    purpose: Annotated[
+        list[str] | None, typer.Option("--purpose", help="tls13_server_verify and tls13_client_verify unless told.")
+    ] = None,
+    request_id: Annotated[
+        str, typer.Option("--request-id", help="The same id gives the same key again, so a retry makes no second one.")
+    ] = "",
+    socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET,
+    output: Output = None,
+) -> None:
+    """Creates a handshake key. Authority keys are made by `keyreeve init` and `keyreeve authority prepare` alone."""
+    request = keyserver_pb2.CreateKeyRequest(
+        request_id=request_id or f"cli-{secrets.token_hex(16)}",
+        key_type=arguments.key_type(key_type),
+        role=keyserver_pb2.KEY_ROLE_HANDSHAKE,
+        purposes=arguments.purposes(purpose or ("tls13_server_verify", "tls13_client_verify")),
+        backend=backend,
+        label=label,
+    )
+    with key_server(socket) as stubs:
+        show_one(stubs.keys.CreateKey(request, timeout=TIMEOUT_S), output)
+
+
+@app.command("disable")
+def disable(key_id: KeyIdArgument, socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET, output: Output = None) -> None:
+    """Stops a key from signing until it is enabled again."""
+    request = keyserver_pb2.DisableKeyRequest(key_id=arguments.key_id(key_id))
+    with key_server(socket) as stubs:
+        show_one(stubs.keys.DisableKey(request, timeout=TIMEOUT_S), output)
+
+
+@app.command("enable")
+def enable(key_id: KeyIdArgument, socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET, output: Output = None) -> None:
+    """Lets a disabled key sign again."""
+    request = keyserver_pb2.EnableKeyRequest(key_id=arguments.key_id(key_id))
+    with key_server(socket) as stubs:
+        show_one(stubs.keys.EnableKey(request, timeout=TIMEOUT_S), output)
+
+
+@app.command("destroy")
+def destroy(
+    key_id: KeyIdArgument,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET,
+    output: Output = None,
+) -> None:
+    """Destroys a disabled key for ever."""
+    if not yes:
+        typer.confirm(f"Destroy key {key_id} for ever?", abort=True, err=True)
+    request = keyserver_pb2.DestroyKeyRequest(key_id=arguments.key_id(key_id))
+    with key_server(socket) as stubs:
+        show_one(stubs.keys.DestroyKey(request, timeout=TIMEOUT_S), output)
+
+
+@grants.command("list")
+def list_grants(
+    key_id: Annotated[str, typer.Option("--key-id", help="Only of this key.")] = "",
+    holder: Annotated[str, typer.Option("--holder", help="Only of this holder.")] = "",
+    socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET,
+    output: Output = None,
+) -> None:
+    """All grants, revoked ones too."""
+    with key_server(socket) as stubs:
+        pages = all_pages(
+            lambda token: stubs.grants.ListGrants(
+                keyserver_pb2.ListGrantsRequest(key_id=key_id, holder=holder, page_size=PAGE_SIZE, page_token=token),
+                timeout=TIMEOUT_S,
+            )
+        )
+        show_list([grant for page in pages for grant in page.grants], _GRANT_COLUMNS, output)
+
+
+@grants.command("create")
+def create_grant(
+    *,
+    key_id: KeyIdOption,
+    holder: Holder,
+    purpose: Annotated[
+        list[str] | None, typer.Option("--purpose", help="tls13_server_verify and tls13_client_verify unless told.")
+    ] = None,
+    expires: Annotated[str | None, typer.Option("--expires", help="A time, or from now, such as 24h.")] = None,
+    socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET,
+    output: Output = None,
+) -> None:
+    """Lets a holder use a key; a grant that was revoked works again."""
+    request = keyserver_pb2.CreateGrantRequest(
+        key_id=arguments.key_id(key_id),
+        holder=arguments.spiffe_id(holder),
+        purposes=arguments.purposes(purpose or ("tls13_server_verify", "tls13_client_verify")),
+        expires_at=arguments.expiry_proto(expires),
+    )
+    with key_server(socket) as stubs:
+        show_one(stubs.grants.CreateGrant(request, timeout=TIMEOUT_S), output)
+
+
+@grants.command("revoke")
+def revoke_grant(
+    key_id: KeyIdOption,
+    holder: Holder,
+    socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET,
+    output: Output = None,
+) -> None:
+    """Ends a holder's use of a key, on every replica within a second."""
+    request = keyserver_pb2.RevokeGrantRequest(key_id=arguments.key_id(key_id), holder=arguments.spiffe_id(holder))
+    with key_server(socket) as stubs:
+        show_one(stubs.grants.RevokeGrant(request, timeout=TIMEOUT_S), output)

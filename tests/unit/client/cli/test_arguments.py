@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+import typer
+from keyreeve_client.cli import arguments
+from keyreeve_common.schemes import KeyType
+from keyreeve_common.v1 import types_pb2
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def test_a_selector_keeps_the_colons_of_its_value() -> None:
+    selector = arguments.selector("unix:path:/usr/sbin/nginx")
+    assert (selector.type, selector.value) == ("unix", "path:/usr/sbin/nginx")
+
+
+@pytest.mark.parametrize("text", ["", "unix", "unix:", ":uid"])
+def test_what_is_no_selector_is_named(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is not a selector"):
+        arguments.selector(text)
+
+
+def test_a_delegate_is_a_spiffe_id_or_selectors() -> None:
+    assert arguments.delegate("spiffe://a.test/proxy").spiffe_id == "spiffe://a.test/proxy"
+    both = arguments.delegate("unix:user:www-data,unix:path:/usr/sbin/nginx")
+    assert [selector.value for selector in both.selectors] == ["user:www-data", "path:/usr/sbin/nginx"]
+    assert not both.spiffe_id
+
+
+def test_an_expiry_is_a_time_or_a_while_from_now() -> None:
+    at = arguments.expiry_proto("2030-06-01T14:00:00+02:00")
+    after = arguments.expiry_proto("36h", now=NOW)
+    assert at is not None
+    assert after is not None
+    assert at.ToJsonString() == "2030-06-01T12:00:00Z"
+    assert after.ToJsonString() == "2030-01-02T12:00:00Z"
+    assert arguments.expiry_proto(None) is None
+
+
+@pytest.mark.parametrize("text", ["2030-01-01T00:00:00", "2030-13-01T00:00:00Z", "tomorrow", "5", "-3h"])
+def test_a_wrong_expiry_is_a_usage_error(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        arguments.expiry_proto(text)
+
+
+@pytest.mark.parametrize("key_type", list(KeyType))
+def test_every_key_type_has_its_proto(key_type: KeyType) -> None:
+    assert arguments.key_type(key_type) != types_pb2.KEY_TYPE_UNSPECIFIED
+
+
+def test_purposes_are_checked_by_name() -> None:
+    assert arguments.purposes(["tls13_server_verify"]) == [types_pb2.PURPOSE_TLS13_SERVER_VERIFY]
+    with pytest.raises(typer.BadParameter, match="unknown purpose"):
+        arguments.purposes(["unspecified"])
