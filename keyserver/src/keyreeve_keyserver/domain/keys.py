@@ -109,7 +109,7 @@ class KeyRecord:
 
     def __post_init__(self) -> None:
         check_purposes(self.role, self.purposes, self.authority_profile)
-        _require(_shown_length(self.label) <= MAX_LABEL_BYTES, f"label is longer than {MAX_LABEL_BYTES} bytes")
+        check_label(self.label)
         _require(1 <= len(self.backend) <= MAX_NAME_BYTES, "backend name is empty or too long")
         _require(self.created.tzinfo is UTC and self.created.microsecond == 0, "created is not whole seconds of UTC")
         _require(parse_spki(self.spki_der) is self.key_type, f"public key is not of type {self.key_type.value}")
@@ -142,6 +142,11 @@ def check_purposes(role: KeyRole, purposes: frozenset[Purpose], profile: Authori
     certifies = Purpose.X509_CERTIFICATE in purposes
     _require(not certifies or profile is not None, "purpose x509_certificate needs an authority_profile")
     _require(certifies or profile is None, "authority_profile is only for keys with purpose x509_certificate")
+
+
+def check_label(label: str) -> None:
+    """Raises: InvalidRequest."""
+    _require(_shown_length(label) <= MAX_LABEL_BYTES, f"label is longer than {MAX_LABEL_BYTES} bytes")
 
 
 def parse_record_header(data: bytes) -> KeyRecord:

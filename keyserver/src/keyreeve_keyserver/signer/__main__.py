@@ -1,0 +1,160 @@
+"""Starts the signer: `python -m keyreeve_keyserver.signer --config FILE (--frames-fd N | --listen PATH | --check-config)`.
+
+Exit codes and the rest of the contract: docs/protocol/signer-frames.md "Start-up".
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import resource
+import signal
+import sys
+from collections.abc import Coroutine
+from datetime import UTC, datetime
+from pathlib import Path
+
+from keyreeve_common.config import load_config
+from keyreeve_common.errors import ConfigInvalid, KeyreeveError, TokenPinIncorrect
+from keyreeve_common.telemetry import configure_logging, log, log_error, notify_ready
+
+from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
+from keyreeve_keyserver.backends.ports import Backend
+from keyreeve_keyserver.backends.software import SoftwareBackend
+from keyreeve_keyserver.signer.config import BackendConfig, BackendKind, SignerConfig, read_secret_file
+from keyreeve_keyserver.signer.controls import ControlService
+from keyreeve_keyserver.signer.sealing import (
+    KeyEncryptionKey,
+    PassphraseKey,
+    Sealer,
+    TokenKey,
+    check_passphrase,
+    load_kdf_parameters,
+)
+from keyreeve_keyserver.signer.server import Server
+from keyreeve_keyserver.signer.service import KeyTable, SigningService
+
+EXIT_CONFIG = 78
+EXIT_PIN = 77
+
+
+def main() -> int:
+    arguments = _arguments()
+    os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    configure_logging("signer")
+    try:
+        config = load_config(SignerConfig, arguments.config)
+        _check(config, listens=arguments.listen is not None)
+        if not arguments.check_config:
+            asyncio.run(_run(config, arguments))
+    except TokenPinIncorrect as error:
+        log_error("start_refused", error=error.code.value, detail=error.detail)
+        return EXIT_PIN
+    except KeyreeveError as error:
+        log_error("start_refused", error=error.code.value, detail=error.detail)
+        return EXIT_CONFIG
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="keyreeve-signer", description="The key-holding process of a key host.")
+    parser.add_argument("--config", type=Path, required=True, help="signer.toml")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--frames-fd", type=int, help="inherited end of a Unix stream socketpair")
+    how.add_argument("--listen", type=Path, help="socket file to make and serve")
+    how.add_argument("--check-config", action="store_true", help="read the configuration and exit")
+    return parser.parse_args()
+
+
+def _check(config: SignerConfig, *, listens: bool) -> None:
+    if listens and not config.listen.allowed_uids:
+        raise ConfigInvalid("listen.allowed_uids is empty: no one could connect")
+    if config.sealing.passphrase_file is not None:
+        check_passphrase(read_secret_file(config.sealing.passphrase_file, "sealing.passphrase_file"))
+    for backend in config.backend:
+        if backend.pin_file is not None and backend.pin_file.exists():
+            read_secret_file(backend.pin_file, f"backend {backend.name}: pin_file")
+
+
+async def _run(config: SignerConfig, arguments: argparse.Namespace) -> None:
+    backends = {backend.name: _backend(backend) for backend in config.backend}
+    keys, now = KeyTable(), _now
+    sealer = Sealer(_key_encryption_key(config, backends))
+    server = Server(
+        SigningService(backends, keys, now=now, max_message=config.max_message_bytes),
+        ControlService(backends, keys, sealer, default_backend=config.default_name, now=now),
+        allowed_uids=frozenset(config.listen.allowed_uids),
+    )
+    try:
+        for backend in backends.values():
+            await backend.start()
+        gc.freeze()
+        log("signer_ready", backends=",".join(backends))
+        if arguments.listen is not None:
+            ready = asyncio.Event()
+            serving = asyncio.create_task(_until_signal(server.listen(arguments.listen, ready)))
+            announcing = asyncio.create_task(_announce(ready))
+            await serving
+            announcing.cancel()
+        else:
+            await _until_signal(server.serve_fd(arguments.frames_fd))
+    finally:
+        for backend in backends.values():
+            await backend.close()
+    log("signer_stopped")
+
+
+async def _announce(ready: asyncio.Event) -> None:
+    await ready.wait()
+    notify_ready("serving")
+
+
+async def _until_signal(serving: Coroutine[None, None, None]) -> None:
+    """Runs until the work ends, or SIGTERM or SIGINT ends it; what was begun is answered first."""
+    task = asyncio.create_task(serving)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        log("signal_received")
+
+
+def _backend(config: BackendConfig) -> Backend:
+    if config.kind is BackendKind.SOFTWARE:
+        return SoftwareBackend(config.name, threads=config.workers)
+    assert config.module and config.token_label and config.pin_file  # noqa: S101, PT018 - BackendConfig holds them
+    return Pkcs11Backend(
+        config.name,
+        Pkcs11Settings(
+            module=config.module,
+            token_label=config.token_label,
+            pin_file=config.pin_file,
+            workers=config.workers or 2,
+            call_timeout=config.call_timeout,
+            softhsm_conf=config.softhsm_conf,
+        ),
+    )
+
+
+def _key_encryption_key(config: SignerConfig, backends: dict[str, Backend]) -> KeyEncryptionKey:
+    """Raises: ConfigInvalid."""
+    sealing = config.sealing
+    if sealing.passphrase_file is not None:
+        passphrase = check_passphrase(read_secret_file(sealing.passphrase_file, "sealing.passphrase_file"))
+        return PassphraseKey(load_kdf_parameters(sealing.kdf_path).derive(passphrase))
+    backend = backends[sealing.token_backend or ""]
+    assert isinstance(backend, Pkcs11Backend) and sealing.token_key_label  # noqa: S101, PT018 - SignerConfig holds it
+    return TokenKey(backend, sealing.token_key_label)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Configuration of the signer: signer.toml. Secrets are paths to files, never values."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import StrEnum
+from pathlib import Path
+
+from keyreeve_common.errors import ConfigInvalid, InvalidRequest
+from keyreeve_common.key_id import parse_key_id
+from keyreeve_common.purposes import MAX_MESSAGE_BYTES
+
+MAX_WORKERS = 64
+_FORBIDDEN_MODE = stat.S_IRWXO | stat.S_IWGRP
+
+
+class BackendKind(StrEnum):
+    SOFTWARE = "software"
+    PKCS11 = "pkcs11"
+
+
+@dataclass(frozen=True, slots=True)
+class SealingConfig:
+    """Either `passphrase_file`, with the parameters of scrypt in `kdf_file`; or an AES key of a PKCS#11 backend's token.
+
+    `kdf_file` is made on the first start. Replicas that share a catalog share both files.
+    """
+
+    passphrase_file: Path | None = None
+    kdf_file: Path | None = None
+    token_backend: str | None = None
+    token_key_label: str | None = None
+
+    def __post_init__(self) -> None:
+        by_token = self.token_backend is not None or self.token_key_label is not None
+        _require(
+            by_token != (self.passphrase_file is not None),
+            "give passphrase_file, or token_backend with token_key_label",
+        )
+        _require(
+            not by_token or (self.token_backend is not None and self.token_key_label is not None),
+            "token_backend and token_key_label go together",
+        )
+        _require(self.kdf_file is None or self.passphrase_file is not None, "kdf_file goes with passphrase_file")
+        if self.token_key_label is not None:
+            _check_name(self.token_key_label, "token_key_label")
+
+    @property
+    def kdf_path(self) -> Path:
+        """Where the parameters of scrypt stand: next to the passphrase unless configured."""
+        assert self.passphrase_file is not None  # noqa: S101 - callers ask for it only in passphrase mode
+        return self.kdf_file or self.passphrase_file.with_name(self.passphrase_file.name + ".kdf")
+
+
+@dataclass(frozen=True, slots=True)
+class BackendConfig:
+    """`workers` are threads of a software backend (0: one per processor) and processes of a PKCS#11 backend (0: two)."""
+
+    name: str
+    kind: BackendKind
+    module: Path | None = None
+    token_label: str | None = None
+    pin_file: Path | None = None
+    softhsm_conf: Path | None = None
+    workers: int = 0
+    call_timeout: timedelta = timedelta(seconds=30)
+
+    def __post_init__(self) -> None:
+        _check_name(self.name, "name")
+        _require(0 <= self.workers <= MAX_WORKERS, f"workers is not 0 to {MAX_WORKERS}")
+        _require(self.call_timeout >= timedelta(milliseconds=100), "call_timeout is below 100ms")
+        needed = {"module": self.module, "token_label": self.token_label, "pin_file": self.pin_file}
+        for key, value in needed.items():
+            if self.kind is BackendKind.PKCS11:
+                _require(value is not None, f"backend {self.name}: {key} is missing")
+            else:
+                _require(value is None, f"backend {self.name}: {key} is for kind pkcs11 only")
+
+
+@dataclass(frozen=True, slots=True)
+class ListenConfig:
+    """Who may connect to the socket of `--listen`, by SO_PEERCRED."""
+
+    allowed_uids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SignerConfig:
+    """`default_backend` may be left out where there is one backend only."""
+
+    sealing: SealingConfig
+    backend: tuple[BackendConfig, ...]
+    default_backend: str = ""
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    listen: ListenConfig = field(default_factory=ListenConfig)
+
+    def __post_init__(self) -> None:
+        names = [backend.name for backend in self.backend]
+        _require(bool(names), "at least one [[backend]] is needed")
+        _require(len(set(names)) == len(names), "two backends have the same name")
+        _require(
+            self.default_backend in names or (not self.default_backend and len(names) == 1),
+            "default_backend names none",
+        )
+        _require(1 <= self.max_message_bytes <= MAX_MESSAGE_BYTES, f"max_message_bytes is not 1 to {MAX_MESSAGE_BYTES}")
+        token_backends = [backend.name for backend in self.backend if backend.kind is BackendKind.PKCS11]
+        by = self.sealing.token_backend
+        _require(by is None or by in token_backends, "sealing.token_backend names no backend of kind pkcs11")
+
+    @property
+    def default_name(self) -> str:
+        return self.default_backend or self.backend[0].name
+
+
+def read_secret_file(path: Path, key: str) -> bytes:
+    """The content of a file that only its owner, and maybe a group, can read. Raises: ConfigInvalid, which never shows the content."""
+    try:
+        with path.open("rb") as file:
+            mode = path.stat().st_mode
+            content = file.read(4_097)
+    except OSError as error:
+        raise ConfigInvalid(f"{key} {path} cannot be read: {error.strerror}") from None
+    if mode & _FORBIDDEN_MODE:
+        raise ConfigInvalid(f"{key} {path} is open to others (mode {stat.S_IMODE(mode):04o}): chmod 0600 it")
+    if len(content) > 4_096:
+        raise ConfigInvalid(f"{key} {path} has more than 4096 bytes")
+    return content.rstrip(b"\r\n")
+
+
+def _check_name(name: str, key: str) -> None:
+    try:
+        parse_key_id(name)
+    except InvalidRequest:
+        raise ConfigInvalid(f"{key} is not 1 to 64 of a-z, 0-9 and '-'") from None
+
+
+def _require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise ConfigInvalid(rule)

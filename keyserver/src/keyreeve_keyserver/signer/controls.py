@@ -1,0 +1,216 @@
+"""Control operations: create, load, forget and destroy keys, and say how the signer is. One table from `op` to its function."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from keyreeve_common.errors import (
+    Conflict,
+    InvalidRequest,
+    KeyreeveError,
+    SealedRecordInvalid,
+    TokenUnavailable,
+)
+from keyreeve_common.key_id import KeyId, parse_key_id
+from keyreeve_common.purposes import KeyRole
+from keyreeve_common.schemes import KeyType
+from keyreeve_common.telemetry import log
+
+from keyreeve_keyserver.backends.ports import Backend, CreatedKey
+from keyreeve_keyserver.domain.keys import (
+    KeyRecord,
+    check_label,
+    check_purposes,
+    parse_authority_profile,
+    parse_purposes,
+)
+from keyreeve_keyserver.domain.secret import Secret
+from keyreeve_keyserver.frames import Control, JsonObject
+from keyreeve_keyserver.signer.sealing import Sealer
+from keyreeve_keyserver.signer.service import KeyTable
+
+_REQUIRED = frozenset({"key_id", "key_type", "role", "purposes"})
+_OPTIONAL = frozenset({"backend", "label", "authority_profile"})
+
+
+class ControlService:
+    def __init__(
+        self,
+        backends: dict[str, Backend],
+        keys: KeyTable,
+        sealer: Sealer,
+        *,
+        default_backend: str,
+        now: Callable[[], datetime],
+    ) -> None:
+        self._backends = backends
+        self._keys = keys
+        self._sealer = sealer
+        self._default = default_backend
+        self._now = now
+        self._operations: dict[str, Callable[[JsonObject], Awaitable[JsonObject]]] = {
+            "capabilities": self._capabilities,
+            "health": self._health,
+            "create_key": self._create_key,
+            "load_key": self._load_key,
+            "forget_key": self._forget_key,
+            "destroy_key": self._destroy_key,
+        }
+
+    async def run(self, control: Control) -> JsonObject:
+        """Raises: any of our errors; InvalidRequest for an operation or member that is not known."""
+        operation = self._operations.get(control.op)
+        if operation is None:
+            raise InvalidRequest(f"control operation {control.op} is not known")
+        return await operation(control.arguments)
+
+    async def _capabilities(self, arguments: JsonObject) -> JsonObject:
+        _members(arguments)
+        return {
+            "backends": [_describe(backend) for backend in self._backends.values()],
+            "default_backend": self._default,
+        }
+
+    async def _health(self, arguments: JsonObject) -> JsonObject:
+        _members(arguments)
+        states = [(backend.name, backend.health()) for backend in self._backends.values()]
+        return {
+            "backends": [
+                {
+                    "name": name,
+                    "state": health.state.value,
+                    "detail": health.detail,
+                    "workers": health.workers,
+                    "waiting": health.waiting,
+                }
+                for name, health in states
+            ],
+            "keys_loaded": len(self._keys),
+        }
+
+    async def _create_key(self, arguments: JsonObject) -> JsonObject:
+        """The key is made, sealed and handed out; it is not loaded."""
+        _members(arguments, required=_REQUIRED, optional=_OPTIONAL)
+        key_id = parse_key_id(_text(arguments, "key_id"))
+        key_type = _choice(KeyType, arguments, "key_type")
+        role = _choice(KeyRole, arguments, "role")
+        purposes = parse_purposes(arguments["purposes"])
+        given = arguments.get("authority_profile")
+        profile = None if given is None else parse_authority_profile(given)
+        check_purposes(role, purposes, profile)
+        label = _text(arguments, "label") if arguments.get("label") is not None else ""
+        check_label(label)
+        backend = self._backend(_text(arguments, "backend") if arguments.get("backend") else self._default)
+        if self._keys.get(key_id) is not None:
+            raise Conflict("a key with this id is loaded")
+        created = await backend.create(key_id, key_type)
+        record = KeyRecord(
+            key_id=key_id,
+            key_type=key_type,
+            role=role,
+            purposes=purposes,
+            backend=backend.name,
+            backend_ref=created.backend_ref,
+            spki_der=created.spki_der,
+            label=label,
+            created=self._now().astimezone(UTC).replace(microsecond=0),
+            authority_profile=profile,
+        )
+        sealed = await self._seal_or_destroy(record, created, backend)
+        log("key_created", key_id=key_id, key_type=key_type.value, role=role.value, backend=backend.name)
+        return {
+            "record": base64.b64encode(sealed).decode("ascii"),
+            "spki_der": base64.b64encode(created.spki_der).decode("ascii"),
+            "attributes": created.attributes,
+        }
+
+    async def _seal_or_destroy(self, record: KeyRecord, created: CreatedKey, backend: Backend) -> bytes:
+        """A key that no record names would stay in its token for ever."""
+        try:
+            return await self._sealer.seal(record, created.secret)
+        except KeyreeveError:
+            with suppress(KeyreeveError):
+                await backend.destroy(record)
+            raise
+
+    async def _load_key(self, arguments: JsonObject) -> JsonObject:
+        record, secret = await self._open(arguments)
+        loaded = self._keys.get(record.key_id)
+        if loaded is not None and loaded != record:
+            raise Conflict("another record of this key id is loaded: forget that first")
+        if loaded is None:
+            await self._backend(record.backend).load(record, secret)
+            self._keys.put(record)
+        return {"key_id": record.key_id}
+
+    async def _forget_key(self, arguments: JsonObject) -> JsonObject:
+        _members(arguments, required=frozenset({"key_id"}))
+        self._forget(parse_key_id(_text(arguments, "key_id")))
+        return {}
+
+    async def _destroy_key(self, arguments: JsonObject) -> JsonObject:
+        record, _ = await self._open(arguments)
+        backend = self._backend(record.backend)
+        self._forget(record.key_id)
+        await backend.destroy(record)
+        log("key_destroyed", key_id=record.key_id, backend=record.backend)
+        return {}
+
+    def _forget(self, key_id: KeyId) -> None:
+        record = self._keys.remove(key_id)
+        if record is not None and record.backend in self._backends:
+            self._backends[record.backend].forget(key_id)
+
+    async def _open(self, arguments: JsonObject) -> tuple[KeyRecord, Secret | None]:
+        _members(arguments, required=frozenset({"record"}))
+        try:
+            sealed = base64.b64decode(_text(arguments, "record").encode("ascii"), validate=True)
+        except (binascii.Error, UnicodeEncodeError):
+            raise SealedRecordInvalid("record is not base64") from None
+        return await self._sealer.open(sealed)
+
+    def _backend(self, name: str) -> Backend:
+        backend = self._backends.get(name)
+        if backend is None:
+            raise TokenUnavailable(f"this signer has no backend {name}")
+        return backend
+
+
+def _describe(backend: Backend) -> JsonObject:
+    offered, health = backend.capabilities(), backend.health()
+    return {
+        "name": backend.name,
+        "custody": offered.custody.value,
+        "key_types": [key_type.value for key_type in offered.key_types],
+        "schemes": [int(scheme) for scheme in offered.schemes],
+        "state": health.state.value,
+        "detail": health.detail,
+    }
+
+
+def _members(
+    arguments: JsonObject, *, required: frozenset[str] = frozenset(), optional: frozenset[str] = frozenset()
+) -> None:
+    missing = sorted(required - arguments.keys())
+    unknown = sorted(arguments.keys() - required - optional)
+    if missing or unknown:
+        raise InvalidRequest(f"members missing: {missing}; unknown: {[name[:64] for name in unknown[:8]]}")
+
+
+def _text(arguments: JsonObject, name: str) -> str:
+    value = arguments[name]
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} is not a string")
+    return value
+
+
+def _choice(kind: Any, arguments: JsonObject, name: str) -> Any:
+    try:
+        return kind(_text(arguments, name))
+    except ValueError:
+        raise InvalidRequest(f"{name} is none of: {', '.join(member.value for member in kind)}") from None

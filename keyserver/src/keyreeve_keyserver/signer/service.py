@@ -1,0 +1,130 @@
+"""What the signer does: judges each item of a batch by the sealed record of its key, hands what passes to the backends, answers in few frames.
+
+Judging is pure; the clock and the table of loaded keys come in. A refused item never touches its neighbours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from keyreeve_common.errors import DeadlineExceeded, Internal, KeyNotFound, KeyreeveError, TokenUnavailable
+from keyreeve_common.key_id import KeyId
+from keyreeve_common.telemetry import log_exception, log_warning
+
+from keyreeve_keyserver.backends.ports import Backend, SignRequest
+from keyreeve_keyserver.domain.keys import KeyRecord
+from keyreeve_keyserver.domain.purposes import check_length, check_request
+from keyreeve_keyserver.frames import Refused, SignBatch, Signed, SignItem, SignResult, SignResults
+
+_JUDGED_AT_ONCE = 16
+_Lane = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedItem:
+    id: int
+    request: SignRequest
+
+
+class KeyTable:
+    """The loaded keys: their records only. What is secret of them is in their backend."""
+
+    def __init__(self) -> None:
+        self._records: dict[KeyId, KeyRecord] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, key_id: KeyId) -> KeyRecord | None:
+        return self._records.get(key_id)
+
+    def put(self, record: KeyRecord) -> None:
+        self._records[record.key_id] = record
+
+    def remove(self, key_id: KeyId) -> KeyRecord | None:
+        return self._records.pop(key_id, None)
+
+
+def judge_item(
+    item: SignItem, record: KeyRecord | None, *, received: float, now: datetime, max_message: int
+) -> SignRequest:
+    """The request to hand to a backend. Order: length, key, role and purpose, scheme, form.
+
+    Raises: MessageTooLarge, KeyNotFound, PurposeNotPermitted, SchemeNotSupported, PurposeMismatch, ProfileViolation, DeadlineExceeded.
+    """
+    check_length(item.message, max_message)
+    if record is None:
+        raise KeyNotFound
+    scheme = check_request(item.message, record, purpose=item.purpose, scheme=item.scheme, now=now)
+    if item.deadline_ms == 0:
+        raise DeadlineExceeded("deadline_ms is 0")
+    return SignRequest(record, scheme, item.message, received + item.deadline_ms / 1000)
+
+
+class SigningService:
+    """`now` gives aware UTC, for the validity of certificates; deadlines run on the monotonic clock."""
+
+    def __init__(
+        self, backends: dict[str, Backend], keys: KeyTable, *, now: Callable[[], datetime], max_message: int
+    ) -> None:
+        self._backends = backends
+        self._keys = keys
+        self._now = now
+        self._max_message = max_message
+
+    async def sign(self, batch: SignBatch) -> AsyncIterator[SignResults]:
+        """The results of a batch: the refusals first, then one frame for each lane as it is done."""
+        received = time.monotonic()
+        refused: list[SignResult] = []
+        lanes: dict[_Lane, list[JudgedItem]] = {}
+        for at in range(0, len(batch.items), _JUDGED_AT_ONCE):
+            if at:
+                await asyncio.sleep(0)  # certificates take long to judge: let other batches in
+            for item in batch.items[at : at + _JUDGED_AT_ONCE]:
+                self._judge(item, received, refused, lanes)
+        if refused:
+            self._log_refusals(batch, refused)
+            yield SignResults(batch.batch_id, tuple(refused))
+        for done in asyncio.as_completed([self._sign_lane(name, lane) for (name, _), lane in lanes.items()]):
+            yield SignResults(batch.batch_id, tuple(await done))
+
+    def _judge(
+        self, item: SignItem, received: float, refused: list[SignResult], lanes: dict[_Lane, list[JudgedItem]]
+    ) -> None:
+        record = self._keys.get(item.key_id)
+        try:
+            request = judge_item(item, record, received=received, now=self._now(), max_message=self._max_message)
+        except KeyreeveError as error:
+            refused.append(Refused(item.id, error))
+        except Exception:
+            log_exception("judging_failed", purpose=item.purpose, message_bytes=len(item.message))
+            refused.append(Refused(item.id, Internal("the signer failed to judge this message")))
+        else:
+            # Items of like deadlines go together, so that none is answered much after its own.
+            lane = lanes.setdefault((request.record.backend, item.deadline_ms.bit_length()), [])
+            lane.append(JudgedItem(item.id, request))
+
+    async def _sign_lane(self, backend_name: str, lane: list[JudgedItem]) -> list[SignResult]:
+        backend = self._backends.get(backend_name)
+        if backend is None:
+            error = TokenUnavailable(f"this signer has no backend {backend_name}")
+            return [Refused(judged.id, error) for judged in lane]
+        try:
+            outcomes = await backend.sign([judged.request for judged in lane])
+        except Exception:
+            log_exception("backend_failed", backend=backend_name)
+            return [Refused(judged.id, Internal("the backend failed")) for judged in lane]
+        return [
+            Refused(judged.id, outcome) if isinstance(outcome, KeyreeveError) else Signed(judged.id, outcome)
+            for judged, outcome in zip(lane, outcomes, strict=True)
+        ]
+
+    @staticmethod
+    def _log_refusals(batch: SignBatch, refused: list[SignResult]) -> None:
+        codes = sorted({result.error.code.value for result in refused if isinstance(result, Refused)})
+        if codes != ["key_not_found"]:
+            log_warning("sign_refused", caller=batch.caller, items=len(refused), codes=",".join(codes))
