@@ -141,6 +141,17 @@ class Catalog(GrantRows):
         with self._write() as (connection, _):
             connection.execute(delete(keys).where(keys.c.key_id == key_id, keys.c.state == CREATING))
 
+    def rename_intent(self, key_id: KeyId) -> KeyEntry | None:
+        """A fresh key id for an intent whose first one the backend holds already, from a creation that was cut off. None: completed."""
+        with self._write() as (connection, seq):
+            row = connection.execute(
+                update(keys)
+                .where(keys.c.key_id == key_id, keys.c.state == CREATING)
+                .values(key_id=make_key_id(), seq=seq)
+                .returning(*_KEY_COLUMNS)
+            ).one_or_none()
+        return None if row is None else key_entry(row)
+
     def key(self, key_id: KeyId) -> KeyEntry:
         """Raises: KeyNotFound."""
         with self._read() as connection:

@@ -1,0 +1,130 @@
+"""Keys' facts and grants in memory, following the catalog: what each signature is judged by.
+
+Own writes are applied at once; other processes' writes are found by the change counter. When the catalog has not been read for `max_staleness`,
+nothing is authorised any more: a revocation might have been missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from functools import partial
+from time import monotonic
+from typing import ParamSpec, TypeVar
+
+from keyreeve_common.errors import KeyreeveError, Unavailable
+from keyreeve_common.grpc_edge import LOCAL
+from keyreeve_common.key_id import KeyId
+from keyreeve_common.telemetry import log, log_warning
+
+from keyreeve_keyserver.catalog.catalog import Catalog
+from keyreeve_keyserver.catalog.records import Changes, GrantEntry, KeyEntry
+from keyreeve_keyserver.domain.keys import KeyState
+from keyreeve_keyserver.domain.policy import Grant, KeyFacts, authorize_holder, authorize_local
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_NO_GRANTS: dict[str, tuple[Grant, int]] = {}
+
+
+class CatalogThreads:
+    """Runs the catalog's blocking methods off the event loop."""
+
+    def __init__(self, catalog: Catalog, *, threads: int = 4) -> None:
+        self.catalog = catalog
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="catalog")
+
+    async def run(self, method: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(method, *args, **kwargs))
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self.catalog.close()
+
+
+class Access:
+    """`authorize` is the hot path: two dictionary look-ups for a key that exists and for one that does not."""
+
+    def __init__(self, threads: CatalogThreads, *, max_staleness: timedelta) -> None:
+        self._threads = threads
+        self._max_staleness_s = max_staleness.total_seconds()
+        self._keys: dict[str, tuple[KeyFacts, int]] = {}
+        self._grants: dict[str, dict[str, tuple[Grant, int]]] = {}
+        self._seq = 0
+        self._read_at = 0.0
+        self.on_disabled: Callable[[KeyId], None] = lambda _: None
+
+    def authorize(self, holder: str, key_id: str, purpose: int, now: datetime) -> None:
+        """Raises: KeyNotFound, PurposeNotPermitted, KeyDisabled."""
+        key = self._keys.get(key_id)
+        facts = key[0] if key else None
+        if holder == LOCAL:
+            authorize_local(facts, purpose)
+            return
+        found = self._grants.get(holder, _NO_GRANTS).get(key_id)
+        authorize_holder(facts, found[0] if found else None, purpose, now)
+
+    def require_fresh(self) -> None:
+        """Raises: Unavailable."""
+        if self.staleness_s > self._max_staleness_s:
+            raise Unavailable(
+                f"the catalog was not read for {self.staleness_s:.0f} s, so revocations may be missed; check the database"
+            )
+
+    @property
+    def staleness_s(self) -> float:
+        return monotonic() - self._read_at
+
+    def apply_key(self, entry: KeyEntry) -> None:
+        self._put_key(entry.facts, entry.seq)
+
+    def apply_grant(self, entry: GrantEntry) -> None:
+        of_holder = self._grants.setdefault(entry.grant.holder, {})
+        known = of_holder.get(entry.grant.key_id)
+        if known is None or known[1] <= entry.seq:
+            of_holder[entry.grant.key_id] = (entry.grant, entry.seq)
+
+    async def refresh(self) -> None:
+        """Reads what changed. Raises: the catalog's errors."""
+        began = monotonic()
+        changes = await self._threads.run(self._threads.catalog.changes_since, self._seq)
+        if changes is not None and changes.seq < self._seq:
+            log_warning("catalog_went_back", detail="the database was restored from a backup; all of it is read anew")
+            self._keys, self._grants, self._seq = {}, {}, 0
+            changes = await self._threads.run(self._threads.catalog.changes_since, -1)
+        if changes is not None:
+            self._apply(changes)
+        self._read_at = began
+
+    async def follow(self, interval: timedelta) -> None:
+        """Refreshes for ever; an outage is logged when it begins and when it ends."""
+        failing = False
+        while True:
+            await asyncio.sleep(interval.total_seconds())
+            try:
+                await self.refresh()
+            except KeyreeveError as error:
+                if not failing:
+                    log_warning("catalog_not_readable", code=error.code.value, detail=error.detail)
+                failing = True
+                continue
+            if failing:
+                log("catalog_readable_again")
+            failing = False
+
+    def _apply(self, changes: Changes) -> None:
+        for facts, seq in changes.keys:
+            self._put_key(facts, seq)
+        for entry in changes.grants:
+            self.apply_grant(entry)
+        self._seq = changes.seq
+
+    def _put_key(self, facts: KeyFacts, seq: int) -> None:
+        known = self._keys.get(facts.key_id)
+        if known is not None and known[1] > seq:
+            return
+        self._keys[facts.key_id] = (facts, seq)
+        if known is not None and known[0].state is KeyState.ENABLED and facts.state is not KeyState.ENABLED:
+            self.on_disabled(facts.key_id)

@@ -1,0 +1,250 @@
+"""The front end's life: open the catalog, reach the signer, serve the admin socket, serve mTLS once there is an SVID, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+from keyreeve_common.errors import ConfigInvalid, FailedPrecondition
+from keyreeve_common.files import make_private_directory, read_secret
+from keyreeve_common.grpc_edge import ANYONE, LOCAL, EdgeInterceptor
+from keyreeve_common.telemetry import log, log_warning
+from keyreeve_common.v1 import keyserver_pb2_grpc
+
+from keyreeve_keyserver.catalog.catalog import Catalog
+from keyreeve_keyserver.config import KeyServerConfig
+from keyreeve_keyserver.frontend.access import Access, CatalogThreads
+from keyreeve_keyserver.frontend.engine import SigningEngine
+from keyreeve_keyserver.frontend.grants import GrantsServicer
+from keyreeve_keyserver.frontend.health import HealthServicer
+from keyreeve_keyserver.frontend.key_admin import KeyAdminServicer
+from keyreeve_keyserver.frontend.service_identity import ServiceIdentityServicer
+from keyreeve_keyserver.frontend.signer_link import SignerLink
+from keyreeve_keyserver.frontend.signing import SigningServicer
+from keyreeve_keyserver.frontend.tls_identity import TlsIdentity
+
+_MAX_MESSAGE_BYTES = 17 * 1024 * 1024  # a batch of 256 whole messages, and their heads
+_OPTIONS = [
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", 1024),
+    ("grpc.so_reuseport", 0),  # a second server on this port is an error, not a silent partner
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+]
+_SERVICES = "/keyreeve.keyserver.v1."
+
+
+def allow_table(config: KeyServerConfig) -> dict[str, tuple[str, ...]]:
+    """Who may call what. Signing is open to every SVID of the trust domain: grants decide there."""
+    admins = (*(str(admin) for admin in config.key_admins), LOCAL)
+    return {
+        f"{_SERVICES}Signing/": (f"{config.trust_domain.id}/*", LOCAL),
+        f"{_SERVICES}KeyAdmin/": admins,
+        f"{_SERVICES}Grants/": admins,
+        f"{_SERVICES}ServiceIdentity/": admins,
+        f"{_SERVICES}Health/": (ANYONE,),
+    }
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Servicers:
+    signing: SigningServicer
+    key_admin: KeyAdminServicer
+    grants: GrantsServicer
+    identity: ServiceIdentityServicer
+    health: HealthServicer
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        keyserver_pb2_grpc.add_SigningServicer_to_server(self.signing, server)
+        keyserver_pb2_grpc.add_KeyAdminServicer_to_server(self.key_admin, server)
+        keyserver_pb2_grpc.add_GrantsServicer_to_server(self.grants, server)
+        keyserver_pb2_grpc.add_ServiceIdentityServicer_to_server(self.identity, server)
+        keyserver_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+
+
+class FrontEnd:
+    """`run` serves until SIGTERM, SIGINT or the supervisor's end. `serve_signer` keeps the link; `ready` tells whoever started us."""
+
+    def __init__(self, config: KeyServerConfig, *, clock: Callable[[], datetime] = utc_now) -> None:
+        self._config = config
+        self._clock = clock
+        self._stopping = asyncio.Event()
+        self._tls: grpc.aio.Server | None = None
+        self._link = SignerLink(bytes_in_flight=config.limits.bytes_in_flight)
+        self._edge = EdgeInterceptor(lambda: config.trust_domain, allow_table(config), clock)
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    async def run(
+        self,
+        serve_signer: Callable[[SignerLink], Awaitable[None]],
+        ready: Callable[[], Awaitable[None]],
+        *,
+        wait_for_signer: bool,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        lock = _prepare_directories(self._config)
+        catalog = await asyncio.to_thread(_open_catalog, self._config)
+        threads = CatalogThreads(catalog)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            servicers, access = self._build(threads)
+            await access.refresh()
+            tasks.append(asyncio.create_task(access.follow(self._config.catalog.poll_interval)))
+            tasks.append(asyncio.create_task(_as_coroutine(serve_signer(self._link))))
+            self._servicers = servicers
+            admin = await self._open_admin()
+            self._identity.load()
+            if self._identity.installed is not None:
+                await self._open_tls()
+            else:
+                log("waiting_for_svid", detail="run: keyreeve init", admin_socket=str(self._config.admin_socket))
+            if wait_for_signer:
+                await self._first_of(self._link.ready.wait())
+            if not self._stopping.is_set():
+                await ready()
+            await self._stopping.wait()
+            await self._drain(admin)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._link.close()
+            await asyncio.to_thread(threads.close)
+            os.close(lock)
+        log("front_end_stopped")
+
+    def _build(self, threads: CatalogThreads) -> tuple[Servicers, Access]:
+        config, clock = self._config, self._clock
+        access = Access(threads, max_staleness=config.catalog.max_staleness)
+        engine = SigningEngine(self._link, threads, control_timeout=config.limits.control_timeout)
+        access.on_disabled = engine.forget
+        self._identity = TlsIdentity(
+            config.state_dir, trust_domain=config.trust_domain, spiffe_id=config.spiffe_id, clock=clock
+        )
+        servicers = Servicers(
+            signing=SigningServicer(access, engine, config.limits, clock),
+            key_admin=KeyAdminServicer(
+                threads=threads,
+                access=access,
+                link=self._link,
+                engine=engine,
+                trust_domain=config.trust_domain,
+                control_timeout=config.limits.control_timeout,
+                clock=clock,
+            ),
+            grants=GrantsServicer(threads=threads, access=access, trust_domain=config.trust_domain, clock=clock),
+            identity=ServiceIdentityServicer(self._identity, self._open_tls),
+            health=HealthServicer(link=self._link, access=access, identity=self._identity, clock=clock),
+        )
+        return servicers, access
+
+    async def _open_admin(self) -> grpc.aio.Server:
+        path = self._config.admin_socket
+        server = grpc.aio.server(interceptors=[self._edge], options=_OPTIONS)
+        self._servicers.add_to(server)
+        try:
+            server.add_insecure_port(f"unix:{path}")
+            path.chmod(0o600)
+        except (RuntimeError, OSError) as error:
+            raise ConfigInvalid(
+                f"{path}: the admin socket cannot be made; check owner and mode of its directory"
+            ) from error
+        await server.start()
+        log("admin_socket_open", path=str(path))
+        return server
+
+    async def _open_tls(self) -> None:
+        """Opens the mTLS listener. Once it is open, gRPC asks for the current SVID at each new connection."""
+        if self._tls is not None:
+            return
+        server = grpc.aio.server(interceptors=[self._edge], options=_OPTIONS)
+        self._servicers.add_to(server)
+        credentials = grpc.dynamic_ssl_server_credentials(
+            self._identity.configuration(), self._identity.configuration, require_client_authentication=True
+        )
+        try:
+            port = server.add_secure_port(self._config.listen, credentials)
+        except RuntimeError as error:
+            raise FailedPrecondition(
+                f"listen: {self._config.listen} cannot be bound; is another server on that port?"
+            ) from error
+        await server.start()
+        self._tls = server
+        log("listening", address=self._config.listen, port=port)
+
+    async def _first_of(self, work: Awaitable[object]) -> None:
+        """Waits for `work` or for the stop."""
+        tasks = [asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+
+    async def _drain(self, admin: grpc.aio.Server) -> None:
+        grace = self._config.limits.drain_timeout.total_seconds()
+        log("draining", grace_s=grace)
+        self._servicers.signing.drain()
+        await asyncio.gather(*(server.stop(grace) for server in (self._tls, admin) if server is not None))
+        with suppress(OSError):
+            self._config.admin_socket.unlink(missing_ok=True)
+
+
+def _prepare_directories(config: KeyServerConfig) -> int:
+    """Makes the directories, and takes the lock that a second front end on the same state would wait for."""
+    os.umask(0o077)
+    make_private_directory(config.state_dir)
+    make_private_directory(config.admin_socket.parent)
+    _require_closed(config.admin_socket.parent)
+    try:
+        lock = os.open(config.state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigInvalid(f"{config.state_dir}: cannot be written: {error.strerror}; check owner and mode") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise FailedPrecondition(
+            f"{config.state_dir}: another front end runs on this state_dir; stop it first"
+        ) from None
+    return lock
+
+
+def _require_closed(directory: Path) -> None:
+    """Whoever reaches the admin socket is an operator, so its directory is the owner's alone."""
+    if directory.stat().st_mode & 0o077:
+        raise ConfigInvalid(
+            f"{directory}: directory of admin_socket is open to other users; run: chmod 700 {directory}"
+        )
+
+
+def _open_catalog(config: KeyServerConfig) -> Catalog:
+    url = config.catalog_url
+    if config.catalog.password_file is not None:
+        url = url.set(password=read_secret(config.catalog.password_file).decode())
+    return Catalog.open(url, busy_timeout=config.catalog.busy_timeout)
+
+
+async def _as_coroutine(work: Awaitable[None]) -> None:
+    try:
+        await work
+    except OSError as error:
+        log_warning("signer_link_failed", detail=error.strerror or type(error).__name__)

@@ -1,0 +1,103 @@
+"""Signatures of authorised requests: hands batches to the signer, loads keys that it does not hold, and sends those items once more."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from datetime import timedelta
+from typing import Any
+
+from keyreeve_common.errors import ErrorCode, KeyNotFound, KeyreeveError
+from keyreeve_common.key_id import KeyId
+from keyreeve_common.telemetry import log_exception
+
+from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
+from keyreeve_keyserver.frontend.access import CatalogThreads
+from keyreeve_keyserver.frontend.signer_link import OnResults, SignerLink
+
+
+class SigningEngine:
+    """`signatures` counts by key since the process started."""
+
+    def __init__(self, link: SignerLink, threads: CatalogThreads, *, control_timeout: timedelta) -> None:
+        self._link = link
+        self._threads = threads
+        self._control_timeout_s = control_timeout.total_seconds()
+        self._loading: dict[KeyId, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.signatures: Counter[str] = Counter()
+
+    def submit(self, caller: str, items: Sequence[SignItem], on_results: OnResults, *, timeout_s: float) -> None:
+        """Every item's result reaches `on_results` exactly once; items have distinct ids."""
+        by_id = {item.id: item for item in items}
+
+        def first_answer(results: Sequence[SignResult]) -> None:
+            unloaded = [by_id[result.id] for result in results if _is_unloaded(result)]
+            if not unloaded:
+                final_answer(results)
+                return
+            if len(unloaded) < len(results):
+                final_answer([result for result in results if not _is_unloaded(result)])
+            self._spawn(self._load_and_resend(caller, unloaded, final_answer, timeout_s))
+
+        def final_answer(results: Sequence[SignResult]) -> None:
+            self.signatures.update([by_id[result.id].key_id for result in results if type(result) is Signed])
+            on_results(results)
+
+        self._link.submit(caller, items, first_answer, timeout_s=timeout_s)
+
+    def forget(self, key_id: KeyId) -> None:
+        """Has the signer drop a key that was disabled or destroyed; it would refuse nothing by itself."""
+        self._spawn(self._forget(key_id))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _forget(self, key_id: KeyId) -> None:
+        try:
+            await self._link.control("forget_key", timeout=self._control_timeout_s, key_id=key_id)
+        except KeyreeveError:
+            return  # a signer that is gone holds no key
+
+    async def _load_and_resend(
+        self, caller: str, items: list[SignItem], on_results: OnResults, timeout_s: float
+    ) -> None:
+        key_ids = list({item.key_id for item in items})
+        outcomes = await asyncio.gather(*(self._load(key_id) for key_id in key_ids), return_exceptions=True)
+        failures = {key_id: _shown(outcome) for key_id, outcome in zip(key_ids, outcomes, strict=True) if outcome}
+        if failures:
+            on_results([Refused(item.id, failures[item.key_id]) for item in items if item.key_id in failures])
+        again = [item for item in items if item.key_id not in failures]
+        if again:
+            self._link.submit(caller, again, on_results, timeout_s=timeout_s)
+
+    async def _load(self, key_id: KeyId) -> None:
+        """Loads a key once, however many wait for it."""
+        task = self._loading.get(key_id)
+        if task is None:
+            task = asyncio.create_task(self._load_now(key_id))
+            self._loading[key_id] = task
+            task.add_done_callback(lambda _: self._loading.pop(key_id, None))
+        await asyncio.shield(task)
+
+    async def _load_now(self, key_id: KeyId) -> None:
+        record = await self._threads.run(self._threads.catalog.sealed_record, key_id)
+        if record is None:
+            raise KeyNotFound()
+        encoded = base64.b64encode(record).decode("ascii")
+        await self._link.control("load_key", timeout=self._control_timeout_s, record=encoded)
+
+
+def _is_unloaded(result: SignResult) -> bool:
+    return type(result) is Refused and result.error.code is ErrorCode.KEY_NOT_FOUND
+
+
+def _shown(outcome: BaseException) -> KeyreeveError:
+    if isinstance(outcome, KeyreeveError):
+        return outcome
+    log_exception("key_load_failed", kind=type(outcome).__name__)
+    return KeyreeveError("the key could not be loaded; the server's log has the cause")

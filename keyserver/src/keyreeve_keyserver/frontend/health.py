@@ -1,0 +1,73 @@
+"""The Health service: one look at the signer's backends, the catalog and the SVID, with one line of what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from importlib.metadata import version
+from typing import Any
+
+from keyreeve_common.errors import KeyreeveError
+from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
+
+from keyreeve_keyserver.frontend.access import Access
+from keyreeve_keyserver.frontend.protos import key_type_to_proto
+from keyreeve_keyserver.frontend.signer_link import SignerLink
+from keyreeve_keyserver.frontend.tls_identity import TlsIdentity
+
+_SIGNER_TIMEOUT_S = 2.0
+
+
+class HealthServicer(keyserver_pb2_grpc.HealthServicer):
+    def __init__(
+        self, *, link: SignerLink, access: Access, identity: TlsIdentity, clock: Callable[[], datetime]
+    ) -> None:
+        self._link = link
+        self._access = access
+        self._identity = identity
+        self._clock = clock
+
+    async def Check(self, request: keyserver_pb2.HealthRequest, context: Any) -> keyserver_pb2.HealthResponse:
+        problems: list[str] = []
+        backends: list[keyserver_pb2.BackendHealth] = []
+        try:
+            said = await self._link.control("health", timeout=_SIGNER_TIMEOUT_S)
+            backends = list(self._backends(said))
+        except KeyreeveError as error:
+            problems.append(error.detail)
+        if backends and not any(backend.serving for backend in backends):
+            problems.append("no backend serves; see the backends' details")
+        problems += self._own_problems()
+        response = keyserver_pb2.HealthResponse(
+            serving=not problems,
+            version=version("keyreeve-keyserver"),
+            backends=backends,
+            detail="; ".join(problems),
+        )
+        if self._identity.installed is not None:
+            response.svid_not_after.FromDatetime(self._identity.installed.svid.not_after)
+        return response
+
+    def _own_problems(self) -> Iterator[str]:
+        try:
+            self._access.require_fresh()
+        except KeyreeveError as error:
+            yield error.detail
+        if self._identity.installed is None:
+            yield "no SVID is installed; run: keyreeve init"
+        elif self._clock() >= self._identity.installed.svid.not_after:
+            yield "the SVID has expired; check that the CA runs and reaches this key server, or run: keyreeve init"
+
+    def _backends(self, said: dict[str, Any]) -> Iterator[keyserver_pb2.BackendHealth]:
+        known = {str(backend.get("name")): backend for backend in self._link.capabilities.get("backends", [])}
+        for backend in said.get("backends", []):
+            name = str(backend.get("name", ""))
+            facts = known.get(name, {})
+            yield keyserver_pb2.BackendHealth(
+                name=name,
+                serving=backend.get("state") == "up",
+                detail=str(backend.get("detail") or ""),
+                key_types=[key_type_to_proto(str(key_type)) for key_type in facts.get("key_types", [])],
+                custody=str(facts.get("custody", "")),
+                workers=int(backend.get("workers", 0)),
+            )

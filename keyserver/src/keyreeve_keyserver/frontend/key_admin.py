@@ -1,0 +1,193 @@
+"""The KeyAdmin service: keys are made, looked at, disabled and destroyed. No call here can take a private key out."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+from keyreeve_common.errors import (
+    Conflict,
+    FailedPrecondition,
+    InvalidRequest,
+    KeyreeveError,
+    TokenPinIncorrect,
+)
+from keyreeve_common.grpc_edge import current_peer
+from keyreeve_common.identity import TrustDomain
+from keyreeve_common.key_id import KeyId, parse_key_id
+from keyreeve_common.telemetry import log, log_warning
+from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
+
+from keyreeve_keyserver.catalog.catalog import Catalog
+from keyreeve_keyserver.catalog.records import KeyEntry
+from keyreeve_keyserver.domain.keys import KeyState
+from keyreeve_keyserver.frontend.access import Access, CatalogThreads
+from keyreeve_keyserver.frontend.engine import SigningEngine
+from keyreeve_keyserver.frontend.protos import key_to_proto, new_key_from_proto
+from keyreeve_keyserver.frontend.signer_link import SignerLink
+
+DEFAULT_PAGE, MAX_PAGE = 100, 1000
+
+
+class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
+    def __init__(
+        self,
+        *,
+        threads: CatalogThreads,
+        access: Access,
+        link: SignerLink,
+        engine: SigningEngine,
+        trust_domain: TrustDomain,
+        control_timeout: timedelta,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._threads = threads
+        self._access = access
+        self._link = link
+        self._engine = engine
+        self._trust_domain = trust_domain
+        self._timeout_s = control_timeout.total_seconds()
+        self._clock = clock
+        self._creating: dict[KeyId, asyncio.Task[KeyEntry]] = {}
+
+    @property
+    def _catalog(self) -> Catalog:
+        return self._threads.catalog
+
+    async def CreateKey(self, request: keyserver_pb2.CreateKeyRequest, context: Any) -> keyserver_pb2.Key:
+        new = new_key_from_proto(request, self._trust_domain)
+        self._link.capabilities  # noqa: B018 - no intent is recorded while there is no signer
+        entry = await self._threads.run(self._catalog.begin_key, new, now=self._clock())
+        if entry.state is None:
+            entry = await self._create_once(entry)
+            log("key_created", caller=current_peer().name, key_id=entry.key_id, backend=entry.backend)
+        return self._shown(entry)
+
+    async def GetKey(self, request: keyserver_pb2.GetKeyRequest, context: Any) -> keyserver_pb2.Key:
+        return self._shown(await self._threads.run(self._catalog.key, parse_key_id(request.key_id)))
+
+    async def ListKeys(self, request: keyserver_pb2.ListKeysRequest, context: Any) -> keyserver_pb2.ListKeysResponse:
+        limit = page_size(request.page_size)
+        after = parse_key_id(request.page_token) if request.page_token else ""
+        found = await self._threads.run(self._catalog.list_keys, limit=limit + 1, after=after, label=request.label)
+        more = found[limit - 1].key_id if len(found) > limit else ""
+        return keyserver_pb2.ListKeysResponse(
+            keys=[self._shown(entry) for entry in found[:limit]], next_page_token=more
+        )
+
+    async def DisableKey(self, request: keyserver_pb2.DisableKeyRequest, context: Any) -> keyserver_pb2.Key:
+        entry = await self._move(parse_key_id(request.key_id), KeyState.DISABLED, KeyState.ENABLED)
+        self._engine.forget(entry.key_id)
+        return self._shown(entry)
+
+    async def EnableKey(self, request: keyserver_pb2.EnableKeyRequest, context: Any) -> keyserver_pb2.Key:
+        return self._shown(await self._move(parse_key_id(request.key_id), KeyState.ENABLED, KeyState.DISABLED))
+
+    async def DestroyKey(self, request: keyserver_pb2.DestroyKeyRequest, context: Any) -> keyserver_pb2.Key:
+        """First the catalog, so that no replica uses it; then the signer; last the record. A retry goes on where this stopped."""
+        key_id = parse_key_id(request.key_id)
+        entry = await self._move(key_id, KeyState.DESTROYED, KeyState.DISABLED)
+        record = await self._threads.run(self._catalog.sealed_record, key_id)
+        if record is not None:
+            await self._destroy(record)
+            await self._threads.run(self._catalog.wipe_record, key_id)
+        return self._shown(entry)
+
+    async def _move(self, key_id: KeyId, to: KeyState, origin: KeyState) -> KeyEntry:
+        entry = await self._threads.run(self._catalog.change_state, key_id, to=to, from_states=(origin,))
+        if entry is None:
+            entry = await self._threads.run(self._catalog.key, key_id)
+            if entry.state is not to:
+                assert entry.state is not None  # noqa: S101 - `key` gives finished keys only
+                raise FailedPrecondition(f"the key is {entry.state.value}; it must be {origin.value} for this")
+        else:
+            log("key_state_changed", caller=current_peer().name, key_id=key_id, state=to.value)
+        self._access.apply_key(entry)
+        return entry
+
+    async def _create_once(self, entry: KeyEntry) -> KeyEntry:
+        """The creation goes on when its caller gives up; a retry that comes meanwhile waits for the same one."""
+        task = self._creating.get(entry.key_id)
+        if task is None:
+            task = asyncio.create_task(self._create(entry))
+            self._creating[entry.key_id] = task
+            task.add_done_callback(lambda done: self._created(entry.key_id, done))
+        return await asyncio.shield(task)
+
+    def _created(self, key_id: KeyId, task: asyncio.Task[KeyEntry]) -> None:
+        self._creating.pop(key_id, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            detail = error.detail if isinstance(error, KeyreeveError) else type(error).__name__
+            log_warning("key_creation_failed", key_id=key_id, detail=detail)
+
+    async def _create(self, entry: KeyEntry) -> KeyEntry:
+        backend = entry.backend or str(self._link.capabilities.get("default_backend", ""))
+        arguments: dict[str, Any] = {
+            "key_id": entry.key_id,
+            "key_type": entry.key_type.value,
+            "backend": backend,
+            "role": entry.role.value,
+            "purposes": sorted(purpose.label for purpose in entry.purposes),
+            "label": entry.label,
+        }
+        if entry.authority_profile is not None:
+            arguments["authority_profile"] = entry.authority_profile.to_json()
+        try:
+            made = await self._link.control("create_key", timeout=self._timeout_s, **arguments)
+        except Conflict:
+            return await self._create_renamed(entry)
+        except (InvalidRequest, FailedPrecondition) as error:
+            if not isinstance(error, TokenPinIncorrect):
+                await self._threads.run(self._catalog.abandon_key, entry.key_id)
+            raise
+        record = base64.b64decode(made["record"])
+        try:
+            done = await self._threads.run(
+                self._catalog.complete_key,
+                entry.key_id,
+                backend=backend,
+                sealed_record=record,
+                spki_der=base64.b64decode(made["spki_der"]),
+                attributes=made["attributes"],
+            )
+        except KeyreeveError:
+            await self._destroy_quietly(entry.key_id, record)  # the retry makes it anew; no half-known key stays behind
+            raise
+        if done is None:
+            await self._destroy_quietly(entry.key_id, record)  # another process was first
+            done = await self._threads.run(self._catalog.key, entry.key_id)
+        self._access.apply_key(done)
+        return done
+
+    async def _create_renamed(self, entry: KeyEntry) -> KeyEntry:
+        """An earlier creation was cut off after the token had made its key: that one was never given out and never will be."""
+        log_warning(
+            "unused_key_left_in_backend", key_id=entry.key_id, detail="creation was cut off; made under a new id"
+        )
+        renamed = await self._threads.run(self._catalog.rename_intent, entry.key_id)
+        if renamed is None:
+            return await self._threads.run(self._catalog.key, entry.key_id)
+        return await self._create(renamed)
+
+    async def _destroy(self, record: bytes) -> None:
+        encoded = base64.b64encode(record).decode("ascii")
+        await self._link.control("destroy_key", timeout=self._timeout_s, record=encoded)
+
+    async def _destroy_quietly(self, key_id: KeyId, record: bytes) -> None:
+        try:
+            await self._destroy(record)
+        except KeyreeveError as error:
+            log_warning("unused_key_left_in_backend", key_id=key_id, detail=error.detail)
+
+    def _shown(self, entry: KeyEntry) -> keyserver_pb2.Key:
+        return key_to_proto(entry, signatures=self._engine.signatures[entry.key_id])
+
+
+def page_size(asked: int) -> int:
+    """Raises: InvalidRequest."""
+    if asked > MAX_PAGE:
+        raise InvalidRequest(f"page_size: at most {MAX_PAGE}")
+    return asked or DEFAULT_PAGE

@@ -1,0 +1,174 @@
+"""Catalog values and protobuf messages, both ways. Closed sets are matched by name, so a new member is noticed by its test."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from keyreeve_common.errors import InvalidRequest
+from keyreeve_common.identity import TrustDomain
+from keyreeve_common.purposes import KeyRole, Purpose
+from keyreeve_common.schemes import KeyType, schemes_of
+from keyreeve_common.v1 import keyserver_pb2, types_pb2
+
+from keyreeve_keyserver.catalog.records import KeyEntry, NewKey
+from keyreeve_keyserver.domain.keys import (
+    MAX_LABEL_BYTES,
+    MAX_NAME_BYTES,
+    AuthorityKind,
+    AuthorityProfile,
+    KeyState,
+    check_purposes,
+)
+from keyreeve_keyserver.domain.policy import Grant
+
+M = TypeVar("M")
+N = TypeVar("N", bound=int)
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}", re.ASCII)
+_KEY_TYPES = {types_pb2.KeyType.Value(f"KEY_TYPE_{key_type.name}"): key_type for key_type in KeyType}
+_ROLES = {keyserver_pb2.KeyRole.Value(f"KEY_ROLE_{role.name}"): role for role in KeyRole}
+_STATES = {keyserver_pb2.KeyState.Value(f"KEY_STATE_{state.name}"): state for state in KeyState}
+_KINDS = {keyserver_pb2.AuthorityProfile.Kind.Value(f"KIND_{kind.name}"): kind for kind in AuthorityKind}
+_KEY_TYPE_NUMBERS = {member: number for number, member in _KEY_TYPES.items()}
+_ROLE_NUMBERS = {member: number for number, member in _ROLES.items()}
+_STATE_NUMBERS = {member: number for number, member in _STATES.items()}
+_KIND_NUMBERS = {member: number for number, member in _KINDS.items()}
+_SECOND = timedelta(seconds=1)
+
+
+def new_key_from_proto(request: keyserver_pb2.CreateKeyRequest, own: TrustDomain) -> NewKey:
+    """Raises: InvalidRequest, which names the field."""
+    if _REQUEST_ID.fullmatch(request.request_id) is None:
+        raise InvalidRequest("request_id: 1 to 128 visible ASCII characters, chosen anew for each key")
+    if len(request.label.encode()) > MAX_LABEL_BYTES or not request.label.isprintable():
+        raise InvalidRequest(f"label: at most {MAX_LABEL_BYTES} bytes, printable")
+    if len(request.backend) > MAX_NAME_BYTES:
+        raise InvalidRequest("backend: name is too long")
+    role = _member(_ROLES, request.role, "role")
+    purposes = purposes_from_proto(request.purposes)
+    profile = _profile_from_proto(request.authority_profile) if request.HasField("authority_profile") else None
+    if profile is not None and profile.trust_domain != own:
+        raise InvalidRequest(f"authority_profile: trust domain is not {own}, the one of this key cluster")
+    check_purposes(role, purposes, profile)
+    return NewKey(
+        request_id=request.request_id,
+        key_type=_member(_KEY_TYPES, request.key_type, "key_type"),
+        role=role,
+        purposes=purposes,
+        backend=request.backend,
+        label=request.label,
+        authority_profile=profile,
+    )
+
+
+def key_to_proto(entry: KeyEntry, *, signatures: int) -> keyserver_pb2.Key:
+    assert entry.state is not None  # noqa: S101 - entries in creation never leave the catalog's own flow
+    attributes = entry.attributes
+    message = keyserver_pb2.Key(
+        key_id=entry.key_id,
+        key_type=_KEY_TYPE_NUMBERS[entry.key_type],
+        role=_ROLE_NUMBERS[entry.role],
+        purposes=purposes_to_proto(entry.purposes),
+        state=_STATE_NUMBERS[entry.state],
+        backend=entry.backend,
+        label=entry.label,
+        spki_der=entry.spki_der,
+        schemes=[int(scheme) for scheme in schemes_of(entry.key_type)],
+        attributes=keyserver_pb2.KeyAttributes(
+            token=str(attributes.get("token") or ""),
+            object=str(attributes.get("object_label") or attributes.get("object") or ""),
+            sensitive=bool(attributes.get("sensitive", False)),
+            extractable=bool(attributes.get("extractable", False)),
+            generated_in_token=bool(attributes.get("generated_in_token", False)),
+        ),
+        created_at=_timestamp(entry.created_at),
+        signatures=signatures,
+    )
+    if entry.authority_profile is not None:
+        message.authority_profile.CopyFrom(_profile_to_proto(entry.authority_profile))
+    return message
+
+
+def grant_to_proto(grant: Grant) -> keyserver_pb2.Grant:
+    return keyserver_pb2.Grant(
+        key_id=grant.key_id,
+        holder=grant.holder,
+        purposes=purposes_to_proto(grant.purposes),
+        expires_at=_timestamp(grant.expires_at),
+        created_at=_timestamp(grant.created_at),
+        revoked_at=_timestamp(grant.revoked_at),
+    )
+
+
+def purposes_from_proto(numbers: object) -> frozenset[Purpose]:
+    """Raises: InvalidRequest."""
+    listed = list(numbers) if hasattr(numbers, "__iter__") else []
+    try:
+        purposes = frozenset(Purpose(number) for number in listed)
+    except ValueError:
+        raise InvalidRequest("purposes: holds a purpose that Keyreeve does not know") from None
+    if Purpose.UNSPECIFIED in purposes or len(purposes) != len(listed):
+        raise InvalidRequest("purposes: holds an unspecified one, or one twice")
+    return purposes
+
+
+def purposes_to_proto(purposes: frozenset[Purpose]) -> list[types_pb2.Purpose.ValueType]:
+    return [types_pb2.Purpose.Value(f"PURPOSE_{purpose.name}") for purpose in sorted(purposes)]
+
+
+def key_type_to_proto(name: str) -> types_pb2.KeyType.ValueType:
+    """The number of a key type by its name; unspecified for one that this program does not know."""
+    found = _KEY_TYPE_NUMBERS.get(KeyType(name)) if name in set(KeyType) else None
+    return found if found is not None else types_pb2.KEY_TYPE_UNSPECIFIED
+
+
+def time_from_proto(message: Timestamp, field: str) -> datetime:
+    """Raises: InvalidRequest for a time outside the years 1 to 9999."""
+    try:
+        return message.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise InvalidRequest(f"{field}: is not a time") from None
+
+
+def _timestamp(time: datetime | None) -> Timestamp | None:
+    if time is None:
+        return None
+    message = Timestamp()
+    message.FromDatetime(time)
+    return message
+
+
+def _profile_from_proto(message: keyserver_pb2.AuthorityProfile) -> AuthorityProfile:
+    kind = _member(_KINDS, message.kind, "authority_profile.kind")
+    if kind is AuthorityKind.ISSUING and message.max_path_length:
+        raise InvalidRequest("authority_profile.max_path_length: is only for KIND_ROOT")
+    return AuthorityProfile(
+        trust_domain=TrustDomain(message.trust_domain),
+        kind=kind,
+        subject_der=message.subject_der,
+        max_validity=_SECOND * (message.max_validity.ToTimedelta() // _SECOND),
+        max_backdate=_SECOND * max(0, message.max_backdate.ToTimedelta() // _SECOND),
+        max_path_length=message.max_path_length if kind is AuthorityKind.ROOT else None,
+    )
+
+
+def _profile_to_proto(profile: AuthorityProfile) -> keyserver_pb2.AuthorityProfile:
+    message = keyserver_pb2.AuthorityProfile(
+        trust_domain=profile.trust_domain.name,
+        kind=_KIND_NUMBERS[profile.kind],
+        subject_der=profile.subject_der,
+        max_path_length=profile.max_path_length or 0,
+    )
+    message.max_validity.FromTimedelta(profile.max_validity)
+    message.max_backdate.FromTimedelta(profile.max_backdate)
+    return message
+
+
+def _member(table: Mapping[N, M], number: N, field: str) -> M:
+    found = table.get(number)
+    if found is None:
+        raise InvalidRequest(f"{field}: is missing, or not one that Keyreeve knows")
+    return found

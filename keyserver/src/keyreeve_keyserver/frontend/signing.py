@@ -1,0 +1,253 @@
+"""The Signing service: unary, and long streams of batches. Everything here is per batch where it can be.
+
+A refused item never fails its batch, a lost signer never fails a stream. The caller's SVID is held against the clock for every batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from keyreeve_common.errors import (
+    InvalidRequest,
+    KeyreeveError,
+    MessageTooLarge,
+    SchemeNotSupported,
+    Unavailable,
+)
+from keyreeve_common.grpc_edge import Peer, current_peer, error_to_proto
+from keyreeve_common.key_id import parse_key_id
+from keyreeve_common.purposes import MAX_MESSAGE_BYTES, Purpose
+from keyreeve_common.telemetry import log, log_warning
+from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
+
+from keyreeve_keyserver.config import Limits
+from keyreeve_keyserver.frames import MAX_ITEMS, Signed, SignItem, SignResult
+from keyreeve_keyserver.frontend.access import Access
+from keyreeve_keyserver.frontend.engine import SigningEngine
+
+_MAX_SCHEME = 0xFFFF
+_PURPOSES = frozenset(int(purpose) for purpose in Purpose if purpose is not Purpose.UNSPECIFIED)
+_DRAIN_RETRY = timedelta(milliseconds=100)
+_Request = keyserver_pb2.SignItem | keyserver_pb2.SignRequest
+
+
+class SigningServicer(keyserver_pb2_grpc.SigningServicer):
+    def __init__(self, access: Access, engine: SigningEngine, limits: Limits, clock: Callable[[], datetime]) -> None:
+        self.access = access
+        self.engine = engine
+        self.limits = limits
+        self.clock = clock
+        self._streams: set[_Stream] = set()
+        self._draining = False
+
+    async def Sign(self, request: keyserver_pb2.SignRequest, context: Any) -> keyserver_pb2.SignResponse:
+        peer = current_peer()
+        try:
+            self.access.require_fresh()
+            item = self.judge(peer, 0, request, self._deadline_ms(context.time_remaining()), self.clock())
+            result = await self._sign_one(peer, item)
+        except KeyreeveError as error:
+            log_refusals(peer, [(request.key_id, request.purpose, error)])
+            raise
+        return keyserver_pb2.SignResponse(signature=result)
+
+    async def SignStream(
+        self, request_iterator: AsyncIterator[keyserver_pb2.SignBatch], context: Any
+    ) -> AsyncIterator[keyserver_pb2.SignResultBatch]:
+        stream = _Stream(self, current_peer())
+        self._streams.add(stream)
+        reader = asyncio.create_task(stream.read(request_iterator))
+        if self._draining:
+            stream.end(_draining())
+        try:
+            while (results := await stream.answers.get()) is not None:
+                yield results
+        finally:
+            self._streams.discard(stream)
+            reader.cancel()
+        if stream.ending is not None:
+            raise stream.ending
+
+    def drain(self) -> None:
+        """Streams take no more batches, answer what they have, and end with `unavailable`."""
+        self._draining = True
+        for stream in self._streams:
+            stream.end(_draining())
+
+    def judge(self, peer: Peer, number: int, request: _Request, deadline_ms: int, now: datetime) -> SignItem:
+        """The signer's item for a request that this peer may make. Raises: the refusal."""
+        message = request.message
+        if len(message) > MAX_MESSAGE_BYTES:
+            raise MessageTooLarge(f"message has {len(message)} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
+        if request.purpose not in _PURPOSES:
+            raise InvalidRequest(f"purpose {request.purpose} is not one that Keyreeve knows")
+        key_id = parse_key_id(request.key_id)
+        self.access.authorize(peer.name, key_id, request.purpose, now)
+        if request.scheme > _MAX_SCHEME:
+            raise SchemeNotSupported("signature scheme is not a code point of the TLS SignatureScheme registry")
+        return SignItem(number, key_id, request.scheme, request.purpose, deadline_ms, message)
+
+    def bound_ms(self, asked_ms: int) -> int:
+        bound = int(self.limits.sign_timeout / timedelta(milliseconds=1))
+        return min(asked_ms, bound) if asked_ms else bound
+
+    def _deadline_ms(self, remaining_s: float | None) -> int:
+        return self.bound_ms(max(1, int(min(remaining_s, 3600.0) * 1000)) if remaining_s is not None else 0)
+
+    async def _sign_one(self, peer: Peer, item: SignItem) -> bytes:
+        answer: asyncio.Future[SignResult] = asyncio.get_running_loop().create_future()
+
+        def settle(results: Sequence[SignResult]) -> None:
+            if not answer.done():
+                answer.set_result(results[0])
+
+        log_local(peer, [item])
+        self.engine.submit(peer.name, [item], settle, timeout_s=item.deadline_ms / 1000)
+        result = await answer
+        if isinstance(result, Signed):
+            return result.signature
+        raise result.error
+
+
+class _Stream:
+    """One SignStream: at most `batches_per_stream` batches in flight, then reading waits and HTTP/2 holds the client back."""
+
+    def __init__(self, service: SigningServicer, peer: Peer) -> None:
+        self.answers: asyncio.Queue[keyserver_pb2.SignResultBatch | None] = asyncio.Queue()
+        self.ending: KeyreeveError | None = None
+        self._service = service
+        self._peer = peer
+        self._outstanding: set[int] = set()
+        self._slots = asyncio.Semaphore(service.limits.batches_per_stream)
+        self._read_ended = False
+
+    async def read(self, batches: AsyncIterator[keyserver_pb2.SignBatch]) -> None:
+        try:
+            async for batch in batches:
+                await self._slots.acquire()
+                if self._read_ended:  # it ended while this batch waited
+                    return
+                self._take(batch)
+            self.end(None)
+        except KeyreeveError as error:
+            self.end(error)
+        except asyncio.CancelledError:
+            self.end(None)
+            raise
+        except Exception:  # the client went away in the middle of a message
+            self.end(None)
+
+    def end(self, error: KeyreeveError | None) -> None:
+        """No more batches are taken; the stream ends when the last result is out."""
+        if self._read_ended:
+            return
+        self._read_ended = True
+        self.ending = error
+        self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self._read_ended and not self._outstanding:
+            self.answers.put_nowait(None)
+
+    def _take(self, batch: keyserver_pb2.SignBatch) -> None:
+        service, peer = self._service, self._peer
+        now = service.clock()
+        if not peer.local:
+            peer.require_svid(now)
+        requests = batch.items
+        if len(requests) > MAX_ITEMS:
+            raise InvalidRequest(f"batch has {len(requests)} items, at most {MAX_ITEMS} are allowed")
+        try:
+            service.access.require_fresh()
+            self._check_ids([request.id for request in requests])
+        except KeyreeveError as error:
+            self._refuse_all(requests, error)
+            return
+        accepted: list[SignItem] = []
+        refused: list[tuple[int, str, int, KeyreeveError]] = []
+        longest = 1
+        for request in requests:
+            deadline = service.bound_ms(request.deadline_ms)
+            try:
+                accepted.append(service.judge(peer, request.id, request, deadline, now))
+            except KeyreeveError as error:
+                refused.append((request.id, request.key_id, request.purpose, error))
+                continue
+            longest = max(longest, deadline)
+        if refused:
+            log_refusals(peer, [entry[1:] for entry in refused])
+            self._answer([keyserver_pb2.SignResult(id=entry[0], error=error_to_proto(entry[3])) for entry in refused])
+        if not accepted:
+            self._slots.release()
+            return
+        log_local(peer, accepted)
+        self._outstanding.update([item.id for item in accepted])
+        service.engine.submit(peer.name, accepted, self._collector(accepted), timeout_s=longest / 1000)
+
+    def _check_ids(self, ids: list[int]) -> None:
+        if len(set(ids)) != len(ids) or not self._outstanding.isdisjoint(ids):
+            raise InvalidRequest("an item id stands twice among the outstanding items of this stream")
+
+    def _refuse_all(self, requests: Sequence[keyserver_pb2.SignItem], error: KeyreeveError) -> None:
+        log_refusals(self._peer, [("", 0, error)])
+        shown = error_to_proto(error)
+        self._answer([keyserver_pb2.SignResult(id=request.id, error=shown) for request in requests])
+        self._slots.release()
+
+    def _collector(self, items: Sequence[SignItem]) -> Callable[[Sequence[SignResult]], None]:
+        left = len(items)
+
+        def collect(results: Sequence[SignResult]) -> None:
+            nonlocal left
+            left -= len(results)
+            self._outstanding.difference_update([result.id for result in results])
+            self._answer([_to_proto(result) for result in results])
+            self._log_signer_refusals(items, results)
+            if left == 0:
+                self._slots.release()
+            self._close_if_done()
+
+        return collect
+
+    def _answer(self, results: list[keyserver_pb2.SignResult]) -> None:
+        if results:
+            self.answers.put_nowait(keyserver_pb2.SignResultBatch(results=results))
+
+    def _log_signer_refusals(self, items: Sequence[SignItem], results: Sequence[SignResult]) -> None:
+        refused = {result.id: result.error for result in results if not isinstance(result, Signed)}
+        if refused:
+            log_refusals(
+                self._peer, [(item.key_id, item.purpose, refused[item.id]) for item in items if item.id in refused]
+            )
+
+
+def _to_proto(result: SignResult) -> keyserver_pb2.SignResult:
+    if isinstance(result, Signed):
+        return keyserver_pb2.SignResult(id=result.id, signature=result.signature)
+    return keyserver_pb2.SignResult(id=result.id, error=error_to_proto(result.error))
+
+
+def log_refusals(peer: Peer, refusals: Sequence[tuple[str, int, KeyreeveError]]) -> None:
+    """One line for each (key, purpose, code) of a batch, with how many there were; never a message."""
+    seen: dict[tuple[str, int, str], tuple[int, str]] = {}
+    for key_id, purpose, error in refusals:
+        kind = (key_id[:64], purpose, error.code.value)
+        seen[kind] = (seen.get(kind, (0, ""))[0] + 1, error.detail)
+    for (key_id, purpose, code), (count, detail) in seen.items():
+        log_warning(
+            "sign_refused", caller=peer.name, key_id=key_id, purpose=purpose, code=code, detail=detail, count=count
+        )
+
+
+def log_local(peer: Peer, items: Sequence[SignItem]) -> None:
+    """Signatures asked for through the admin socket are rare and each is on record."""
+    if peer.local:
+        for item in items:
+            log("local_signature", key_id=item.key_id, purpose=item.purpose, scheme=item.scheme)
+
+
+def _draining() -> Unavailable:
+    return Unavailable("this key server is stopping; use another replica, or retry", retry_after=_DRAIN_RETRY)

@@ -1,0 +1,193 @@
+"""The supervisor: starts signer and front end with a socketpair between them, and starts both anew when either ends.
+
+It holds no key and no socket of the network. Children are spawned as fresh programs, never forked. A signer that ended because of its
+configuration or its PIN is not started again: each attempt with a wrong PIN brings the token nearer to its lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from keyreeve_common.errors import ConfigInvalid
+from keyreeve_common.telemetry import log, log_error, log_warning, notify_ready
+
+from keyreeve_keyserver.config import KeyServerConfig
+
+EX_CONFIG, EX_NOPERM, EX_USAGE, EX_UNAVAILABLE = 78, 77, 2, 69
+_FINAL = (EX_CONFIG, EX_NOPERM, EX_USAGE)
+_MAX_BACKOFF_S = 30.0
+_KILL_AFTER_S = 5.0
+
+
+@dataclass(slots=True)
+class _Pair:
+    """One generation: both processes, and our end of the front end's socketpair."""
+
+    signer: asyncio.subprocess.Process
+    front_end: asyncio.subprocess.Process
+    channel: socket.socket
+
+
+class Supervisor:
+    def __init__(self, config: KeyServerConfig, config_path: Path) -> None:
+        if config.signer_config is None:
+            raise ConfigInvalid("signer_config: is missing; it names the signer's own TOML file")
+        self._signer_config = config.signer_config
+        self._config = config
+        self._config_path = config_path
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> int:
+        """Supervises until SIGTERM or SIGINT; the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        settings = self._config.supervisor
+        ends: deque[float] = deque()
+        while True:
+            pair = await self._start()
+            ended = await self._watch(pair)
+            signer_code, front_end_code = pair.signer.returncode, pair.front_end.returncode
+            await self._stop(pair)
+            if self._stopping.is_set():
+                log("supervisor_stopped")
+                return 0
+            log_warning("process_ended", process=ended, signer_code=signer_code, front_end_code=front_end_code)
+            for process, code in (("signer", signer_code), ("front_end", front_end_code)):
+                if code in _FINAL:
+                    log_error("not_restarted", process=process, exit_code=code, detail=_reason(code))
+                    return code
+            now = monotonic()
+            ends.append(now)
+            while ends and ends[0] < now - settings.window.total_seconds():
+                ends.popleft()
+            if len(ends) > settings.max_restarts:
+                detail = f"{len(ends)} ends within {settings.window.total_seconds():g} s; see the log lines before this"
+                log_error("gave_up", detail=detail)
+                return EX_UNAVAILABLE
+            await self._pause(len(ends))
+            if self._stopping.is_set():
+                return 0
+
+    async def _start(self) -> _Pair:
+        to_signer, to_front_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with to_signer, to_front_end, theirs:
+            signer = await _spawn(
+                "keyreeve_keyserver.signer",
+                ["--config", str(self._signer_config), "--frames-fd", str(to_front_end.fileno())],
+                [to_front_end.fileno()],
+            )
+            front_end = await _spawn(
+                "keyreeve_keyserver.frontend",
+                [
+                    "--config",
+                    str(self._config_path),
+                    "--frames-fd",
+                    str(to_signer.fileno()),
+                    "--supervisor-fd",
+                    str(theirs.fileno()),
+                ],
+                [to_signer.fileno(), theirs.fileno()],
+            )
+        log("started", signer_pid=signer.pid, front_end_pid=front_end.pid)
+        return _Pair(signer, front_end, ours)
+
+    async def _watch(self, pair: _Pair) -> str:
+        """Waits until one of the two ends, or the supervisor is to stop; says which."""
+        pair.channel.setblocking(False)
+        waits = {
+            "signer": asyncio.create_task(_ended(pair.signer)),
+            "front_end": asyncio.create_task(_ended(pair.front_end)),
+            "stop": asyncio.create_task(_until(self._stopping)),
+        }
+        readiness = asyncio.create_task(self._await_ready(pair))
+        await asyncio.wait(waits.values(), return_when=asyncio.FIRST_COMPLETED)
+        ended = next(name for name, task in waits.items() if task.done())
+        for task in (*waits.values(), readiness):
+            task.cancel()
+        await asyncio.gather(*waits.values(), readiness, return_exceptions=True)
+        return ended
+
+    async def _await_ready(self, pair: _Pair) -> None:
+        loop = asyncio.get_running_loop()
+        timeout = self._config.supervisor.start_timeout.total_seconds()
+        try:
+            async with asyncio.timeout(timeout):
+                said = await loop.sock_recv(pair.channel, 64)
+        except TimeoutError:
+            log_error(
+                "not_ready_in_time", timeout_s=timeout, detail="is the signer's token reachable? see its log lines"
+            )
+            pair.front_end.terminate()
+            return
+        if said:
+            log("ready", signer_pid=pair.signer.pid, front_end_pid=pair.front_end.pid)
+            notify_ready("serving")
+
+    async def _stop(self, pair: _Pair) -> None:
+        """Front end first, so that it can answer what it has; then the signer."""
+        drain = self._config.limits.drain_timeout.total_seconds()
+        await _terminate(pair.front_end, drain + _KILL_AFTER_S)
+        await _terminate(pair.signer, _KILL_AFTER_S)
+        pair.channel.close()
+
+    async def _pause(self, recent_ends: int) -> None:
+        if recent_ends <= 1:
+            return
+        base = self._config.supervisor.backoff.total_seconds()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), min(base * 2 ** (recent_ends - 2), _MAX_BACKOFF_S))
+
+
+async def _spawn(module: str, arguments: Sequence[str], descriptors: Sequence[int]) -> asyncio.subprocess.Process:
+    environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        module,
+        *arguments,
+        pass_fds=tuple(descriptors),
+        env=environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        start_new_session=False,
+    )
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    await process.wait()
+
+
+async def _until(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+async def _terminate(process: asyncio.subprocess.Process, patience_s: float) -> None:
+    if process.returncode is not None:
+        return
+    with suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), patience_s)
+    except TimeoutError:
+        log_warning("killed", pid=process.pid, detail=f"it did not stop within {patience_s:g} s")
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+def _reason(code: int) -> str:
+    return {
+        EX_CONFIG: "its configuration is wrong; its last log line says what. Correct it and start the service again",
+        EX_NOPERM: "a token refused its PIN; correct pin_file before the token locks, then start the service again",
+    }.get(code, "its command line is wrong: the installation is mixed from different releases")
