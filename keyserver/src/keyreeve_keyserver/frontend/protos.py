@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
@@ -103,14 +103,13 @@ def grant_to_proto(grant: Grant) -> keyserver_pb2.Grant:
     )
 
 
-def purposes_from_proto(numbers: object) -> frozenset[Purpose]:
+def purposes_from_proto(numbers: Sequence[int]) -> frozenset[Purpose]:
     """Raises: InvalidRequest."""
-    listed = list(numbers) if hasattr(numbers, "__iter__") else []
     try:
-        purposes = frozenset(Purpose(number) for number in listed)
+        purposes = frozenset(Purpose(number) for number in numbers)
     except ValueError:
         raise InvalidRequest("purposes: holds a purpose that Keyreeve does not know") from None
-    if Purpose.UNSPECIFIED in purposes or len(purposes) != len(listed):
+    if Purpose.UNSPECIFIED in purposes or len(purposes) != len(numbers):
         raise InvalidRequest("purposes: holds an unspecified one, or one twice")
     return purposes
 
