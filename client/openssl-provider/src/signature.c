@@ -89,8 +89,7 @@ static int set_digest(signature_ctx *ctx, const char *name)
 
 static int signature_set_ctx_params(void *vctx, const OSSL_PARAM params[]);
 
-static int signature_digest_sign_init(void *vctx, const char *digest_name, void *keydata,
-                                      const OSSL_PARAM params[])
+static int signature_init(void *vctx, const char *digest_name, void *keydata, const OSSL_PARAM params[])
 {
     signature_ctx *ctx = vctx;
     keyreeve_key *key = keydata;
@@ -254,7 +253,7 @@ static int signature_digest_sign(void *vctx, unsigned char *out, size_t *out_len
     return sign_message(vctx, out, out_len, out_size, message, message_len);
 }
 
-static int signature_digest_sign_update(void *vctx, const unsigned char *data, size_t len)
+static int signature_update(void *vctx, const unsigned char *data, size_t len)
 {
     signature_ctx *ctx = vctx;
     size_t needed;
@@ -285,13 +284,36 @@ static int signature_digest_sign_update(void *vctx, const unsigned char *data, s
     return 1;
 }
 
+static const uint8_t *collected(const signature_ctx *ctx)
+{
+    static const uint8_t NOTHING[1] = {0};
+
+    return ctx->message != NULL ? ctx->message : NOTHING;
+}
+
 static int signature_digest_sign_final(void *vctx, unsigned char *out, size_t *out_len, size_t out_size)
 {
     const signature_ctx *ctx = vctx;
-    static const uint8_t NOTHING[1] = {0};
 
-    return sign_message(ctx, out, out_len, out_size, ctx->message != NULL ? ctx->message : NOTHING,
-                        ctx->message_len);
+    return sign_message(ctx, out, out_len, out_size, collected(ctx), ctx->message_len);
+}
+
+/* Verification asks nobody: `openssl req -verify` and the like use the key that they signed with. */
+static int signature_digest_verify(void *vctx, const unsigned char *signature, size_t signature_len,
+                                   const unsigned char *message, size_t message_len)
+{
+    const signature_ctx *ctx = vctx;
+    const keyreeve_scheme *scheme = scheme_of(ctx);
+
+    return scheme != NULL &&
+           keyreeve_verify(ctx->key, scheme, signature, signature_len, message, message_len);
+}
+
+static int signature_digest_verify_final(void *vctx, const unsigned char *signature, size_t signature_len)
+{
+    const signature_ctx *ctx = vctx;
+
+    return signature_digest_verify(vctx, signature, signature_len, collected(ctx), ctx->message_len);
 }
 
 static int invalid_parameter(const signature_ctx *ctx, const char *what)
@@ -478,15 +500,19 @@ static const OSSL_PARAM *signature_gettable_ctx_params(void *vctx, void *provctx
     KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_NEWCTX, signature_newctx),                                         \
         KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_FREECTX, signature_freectx),                                   \
         KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_DUPCTX, signature_dupctx),                                     \
-        KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_DIGEST_SIGN_INIT, signature_digest_sign_init),                 \
+        KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_DIGEST_SIGN_INIT, signature_init),                             \
         KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_DIGEST_SIGN, signature_digest_sign),                           \
+        KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_DIGEST_VERIFY_INIT, signature_init),                           \
+        KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_DIGEST_VERIFY, signature_digest_verify),                       \
         KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_GET_CTX_PARAMS, signature_get_ctx_params),                     \
         KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_GETTABLE_CTX_PARAMS, signature_gettable_ctx_params)
 
 static const OSSL_DISPATCH DIGEST_FUNCTIONS[] = {
     COMMON_FUNCTIONS,
-    KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_DIGEST_SIGN_UPDATE, signature_digest_sign_update),
+    KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_DIGEST_SIGN_UPDATE, signature_update),
     KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_DIGEST_SIGN_FINAL, signature_digest_sign_final),
+    KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_DIGEST_VERIFY_UPDATE, signature_update),
+    KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_DIGEST_VERIFY_FINAL, signature_digest_verify_final),
     KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_SET_CTX_PARAMS, signature_set_ctx_params),
     KEYREEVE_DISPATCH(OSSL_FUNC_SIGNATURE_SETTABLE_CTX_PARAMS, signature_settable_ctx_params),
     KEYREEVE_DISPATCH_END,
