@@ -73,6 +73,8 @@ static int pem_decode(void *ctx, OSSL_CORE_BIO *bio, int selection, OSSL_CALLBAC
         return 1;
     if (keyreeve_reference_parse(der, der_len, &reference, &why) != KEYREEVE_REFERENCE_OK)
         return refuse(provider, why);
+    if (!keyreeve_provider_is_configured(provider))
+        return 0;
     params[0] = OSSL_PARAM_construct_int(OSSL_OBJECT_PARAM_TYPE, &object_type);
     params[1] = OSSL_PARAM_construct_utf8_string(OSSL_OBJECT_PARAM_DATA_TYPE,
                                                  (char *)(uintptr_t)keyreeve_algorithm_of(reference.type), 0);
@@ -160,6 +162,8 @@ static int der_decode(const keyreeve_provider *provider, OSSL_CORE_BIO *bio, con
         return refuse(provider, why);
     if (status == KEYREEVE_REFERENCE_FOREIGN || strcmp(keyreeve_algorithm_of(reference.type), algorithm) != 0)
         return 1;
+    if (!keyreeve_provider_is_configured(provider))
+        return 0;
     key = keyreeve_key_from_reference((keyreeve_provider *)(uintptr_t)provider, &reference);
     if (key == NULL)
         return refuse(provider, "its public key does not decode: the point may be off the curve");

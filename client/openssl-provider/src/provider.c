@@ -28,6 +28,7 @@ struct keyreeve_provider_st {
     OSSL_LIB_CTX *libctx;
     OSSL_PROVIDER *default_provider;
     keyreeve_pool *pool;
+    const char *fault; /* what is wrong with the configuration, or NULL */
     uint32_t deadline_ms;
     char socket[KEYREEVE_SOCKET_MAX + 1]; /* "" where none is configured */
 };
@@ -50,6 +51,13 @@ uint32_t keyreeve_provider_deadline_ms(const keyreeve_provider *provider)
 const char *keyreeve_provider_socket(const keyreeve_provider *provider, const char *of_reference)
 {
     return provider->socket[0] != '\0' ? provider->socket : of_reference;
+}
+
+int keyreeve_provider_is_configured(const keyreeve_provider *provider)
+{
+    if (provider->fault != NULL)
+        keyreeve_provider_raise(provider, KEYREEVE_ERROR_CONFIG_INVALID, "%s", provider->fault);
+    return provider->fault == NULL;
 }
 
 int keyreeve_provider_gets(const keyreeve_provider *provider, OSSL_CORE_BIO *bio, char *line, int size)
@@ -100,35 +108,30 @@ static int take_core_functions(keyreeve_provider *provider, const OSSL_DISPATCH 
            provider->core_vset_error != NULL && provider->bio_gets != NULL && provider->bio_read_ex != NULL;
 }
 
-static int read_deadline(keyreeve_provider *provider, const char *text)
+static void read_deadline(keyreeve_provider *provider, const char *text)
 {
     char *end = NULL;
     unsigned long value = text[0] >= '0' && text[0] <= '9' ? strtoul(text, &end, DECIMAL) : 0;
 
-    if (value < 1 || value > KEYREEVE_DEADLINE_MS_MAX || *end != '\0') {
-        keyreeve_provider_raise(provider, KEYREEVE_ERROR_CONFIG_INVALID, PARAM_DEADLINE_MS " is not 1 to %d",
-                                KEYREEVE_DEADLINE_MS_MAX);
-        return 0;
-    }
-    provider->deadline_ms = (uint32_t)value;
-    return 1;
+    if (value < 1 || value > KEYREEVE_DEADLINE_MS_MAX || *end != '\0')
+        provider->fault = PARAM_DEADLINE_MS " is not 1 to 60000";
+    else
+        provider->deadline_ms = (uint32_t)value;
 }
 
-static int read_socket(keyreeve_provider *provider, const char *text)
+static void read_socket(keyreeve_provider *provider, const char *text)
 {
     size_t len = strlen(text);
 
-    if (!keyreeve_socket_path_is_valid((const uint8_t *)text, len)) {
-        keyreeve_provider_raise(provider, KEYREEVE_ERROR_CONFIG_INVALID,
-                                PARAM_SOCKET " is not an absolute path of at most %d bytes",
-                                KEYREEVE_SOCKET_MAX);
-        return 0;
-    }
-    memcpy(provider->socket, text, len + 1);
-    return 1;
+    if (!keyreeve_socket_path_is_valid((const uint8_t *)text, len))
+        provider->fault = PARAM_SOCKET " is not an absolute path of at most 107 bytes";
+    else
+        memcpy(provider->socket, text, len + 1);
 }
 
-/* The settings of the provider's own section in openssl.cnf. */
+/* The settings of the provider's own section in openssl.cnf. A wrong one does not keep the provider from
+ * loading: libcrypto would drop it without a word, and programs would say that a key reference is no key. It
+ * is reported when a reference is read. */
 static int read_configuration(keyreeve_provider *provider)
 {
     char *socket = NULL;
@@ -142,8 +145,11 @@ static int read_configuration(keyreeve_provider *provider)
     provider->deadline_ms = KEYREEVE_DEADLINE_MS_DEFAULT;
     if (!provider->core_get_params(provider->handle, wanted))
         return 0;
-    return (deadline_ms == NULL || read_deadline(provider, deadline_ms)) &&
-           (socket == NULL || read_socket(provider, socket));
+    if (deadline_ms != NULL)
+        read_deadline(provider, deadline_ms);
+    if (socket != NULL)
+        read_socket(provider, socket);
+    return 1;
 }
 
 static const OSSL_PARAM *provider_gettable_params(void *provctx)

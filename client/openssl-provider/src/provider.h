@@ -25,6 +25,9 @@ uint32_t keyreeve_provider_deadline_ms(const keyreeve_provider *provider);
 /* The configured socket, or the reference's own where none is configured. */
 const char *keyreeve_provider_socket(const keyreeve_provider *provider, const char *of_reference);
 
+/* 1, or 0 with an error on the queue where a setting in openssl.cnf is wrong. */
+int keyreeve_provider_is_configured(const keyreeve_provider *provider);
+
 /* BIO_gets and BIO_read_ex of the core. */
 int keyreeve_provider_gets(const keyreeve_provider *provider, OSSL_CORE_BIO *bio, char *line, int size);
 int keyreeve_provider_read(const keyreeve_provider *provider, OSSL_CORE_BIO *bio, uint8_t *data, size_t len,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -79,14 +78,11 @@ class Nginx:
                        env=self.env, check=True, timeout=30, capture_output=True)  # fmt: skip
         wait_until(lambda: len(self.worker_pids() - before) >= self.workers, "new workers")
 
-    def kill_hard(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGKILL)
-
     def worker_pids(self) -> set[int]:
         assert self._process is not None
         pid = self._process.pid
         return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
-    def log_text(self) -> str:
-        return self.log.read_text()
+    def wait_for_log(self, text: str) -> None:
+        """The client may see the alert before the worker has written its line."""
+        wait_until(lambda: text in self.log.read_text(), f"{text!r} in nginx's error log")
