@@ -1,0 +1,47 @@
+"""Mechanisms: one for every scheme and key type, and raw ECDSA signatures agree with their DER."""
+
+from __future__ import annotations
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from hypothesis import given
+from hypothesis import strategies as st
+from keyreeve_common.errors import Internal
+from keyreeve_common.schemes import KeyType, SignatureScheme
+
+mechanisms = pytest.importorskip("keyreeve_keyserver.backends.pkcs11_mechanisms")
+
+
+def test_tables_are_complete() -> None:
+    assert set(mechanisms.SIGN_MECHANISMS) == set(SignatureScheme)
+    assert set(mechanisms.GENERATIONS) == set(KeyType)
+
+
+def test_pss_salt_is_as_long_as_the_digest() -> None:
+    for scheme, length in (("SHA256", 32), ("SHA384", 48), ("SHA512", 64)):
+        how = mechanisms.SIGN_MECHANISMS[SignatureScheme[f"RSA_PSS_RSAE_{scheme}"]]
+        assert (how.parameter[0].name, how.parameter[1].name, how.parameter[2]) == (scheme, scheme, length)
+
+
+@given(st.integers(1, 2**256 - 1), st.integers(1, 2**256 - 1))
+def test_raw_and_der_agree(r: int, s: int) -> None:
+    raw = r.to_bytes(32, "big") + s.to_bytes(32, "big")
+    der = mechanisms.signature_der(SignatureScheme.ECDSA_SECP256R1_SHA256, raw)
+    assert decode_dss_signature(der) == (r, s)
+
+
+def test_signature_of_another_length_is_refused() -> None:
+    for length in (0, 63, 65, 96):
+        with pytest.raises(Internal):
+            mechanisms.signature_der(SignatureScheme.ECDSA_SECP256R1_SHA256, bytes(length))
+
+
+def test_what_a_token_lacks_is_not_offered() -> None:
+    every = {how.mechanism for how in mechanisms.SIGN_MECHANISMS.values()}
+    every |= {how.mechanism for how in mechanisms.GENERATIONS.values()}
+    assert mechanisms.key_types_offered(every) == tuple(KeyType)
+    assert mechanisms.key_types_offered(set()) == ()
+    without = every - {mechanisms.Mechanism.EDDSA}
+    assert KeyType.ED25519 not in mechanisms.key_types_offered(without)
+    assert SignatureScheme.ED25519 not in mechanisms.schemes_offered(without)
+    assert KeyType.EC_P256 not in mechanisms.key_types_offered(every - {mechanisms.Mechanism.EC_KEY_PAIR_GEN})
