@@ -1,7 +1,4 @@
-"""Configuration of the front end and its supervisor: keyserver.toml. The signer has a file of its own, which `signer_config` names.
-
-Spec: docs/configuration/keyserver.md.
-"""
+"""Configuration of the front end and its supervisor: keyserver.toml. The signer has a file of its own, which `signer_config` names."""
 
 from __future__ import annotations
 
