@@ -13,8 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_agent import FakeAgent
-from nginx import Nginx
-from support import (
+from nginx_server import Nginx
+from provider_support import (
     PROVIDER,
     Authority,
     Identity,

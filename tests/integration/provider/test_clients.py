@@ -16,8 +16,17 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fake_agent import FakeAgent
 from keyreeve_common.purposes import Purpose
-from nginx import Nginx
-from support import Authority, Identity, environment, free_port, handshake, running, wait_until, write_openssl_conf
+from nginx_server import Nginx
+from provider_support import (
+    Authority,
+    Identity,
+    environment,
+    free_port,
+    handshake,
+    running,
+    wait_until,
+    write_openssl_conf,
+)
 
 KINDS = ["ec-p256", "ec-p384", "rsa-2048", "ed25519"]
 DIGESTS = {"ec-p256": hashes.SHA256(), "ec-p384": hashes.SHA384(), "rsa-2048": hashes.SHA256()}

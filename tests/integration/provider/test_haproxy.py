@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_agent import FakeAgent
-from support import PROVIDER_DIR, Authority, Identity, accepts, free_port, handshake, running, wait_until
+from provider_support import PROVIDER_DIR, Authority, Identity, accepts, free_port, handshake, running, wait_until
 
 HAPROXY = "/usr/sbin/haproxy"
 CLIENTS = 10
@@ -50,7 +52,7 @@ def handshakes_at_once(port: int, authority: Authority) -> tuple[float, list[byt
     return time.monotonic() - before, outcomes
 
 
-@pytest.mark.parametrize("kind", ["ec-p256", "ec-p384", "rsa-2048", "ed25519"])
+@pytest.mark.parametrize("kind", ["ec-p256", "ec-p384", "rsa-2048", "rsa-4096", "ed25519"])
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "blocking"])
 def test_signatures_overlap_where_the_application_lets_them(
     kind: str,
@@ -76,7 +78,7 @@ def test_signatures_overlap_where_the_application_lets_them(
             assert agent.most_at_once == 1
 
 
-def test_async_keeps_the_deadline_and_survives_clients_that_leave(
+def test_async_keeps_the_deadline(
     work: Path, agent: FakeAgent, authority: Authority, identity_of: Callable[[str], Identity]
 ) -> None:
     """The default deadline of 3 s ends handshakes whose agent is silent, though nothing arrives on the socket."""
@@ -92,3 +94,37 @@ def test_async_keeps_the_deadline_and_survives_clients_that_leave(
         assert took < 10
         agent.delay = 0.0
         assert b"served by keyreeve" in handshake(port, authority)
+
+
+def test_async_survives_clients_that_leave(
+    work: Path, agent: FakeAgent, authority: Authority, identity_of: Callable[[str], Identity]
+) -> None:
+    """A client goes while its signature is on the way: nothing is left open, and later clients are served."""
+    port = free_port()
+    configuration = write_configuration(work, identity_of("ec-p256"), port, asynchronous=True)
+    context = ssl.create_default_context(cadata=authority.pem)
+
+    def leave(seconds: float) -> None:
+        with socket.create_connection(("127.0.0.1", port), timeout=seconds) as raw, pytest.raises(TimeoutError):
+            context.wrap_socket(raw, server_hostname="localhost")
+
+    with running(
+        [HAPROXY, "-db", "-f", str(configuration)], log=work / "haproxy.log", env={"PATH": os.environ["PATH"]}
+    ) as haproxy:
+        descriptors = Path(f"/proc/{haproxy.pid}/fd")
+        wait_until(lambda: accepts(port), "HAProxy")
+        at_rest: list[int] = []
+        for _ in range(3):
+            agent.delay = DELAY_SECONDS
+            leavers = [threading.Thread(target=leave, args=(DELAY_SECONDS / 3,)) for _ in range(CLIENTS)]
+            for leaver in leavers:
+                leaver.start()
+            for leaver in leavers:
+                leaver.join()
+            agent.delay = 0.0
+            assert b"served by keyreeve" in handshake(port, authority)
+            if at_rest:
+                wait_until(lambda: len(list(descriptors.iterdir())) <= at_rest[0] + 2, "descriptors to be closed")
+            else:
+                wait_until(lambda: len(list(descriptors.iterdir())) < 40, "descriptors to be closed")
+                at_rest.append(len(list(descriptors.iterdir())))

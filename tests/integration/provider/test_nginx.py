@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fake_agent import FakeAgent
 from keyreeve_common.purposes import Purpose
-from nginx import Nginx
-from support import KEY_MAKERS, Authority, Identity, environment, handshake, wait_until, write_openssl_conf
+from nginx_server import Nginx
+from provider_support import KEY_MAKERS, Authority, Identity, environment, handshake, wait_until, write_openssl_conf
 
 HANDSHAKE_KINDS = ["ec-p256", "ec-p384", "rsa-2048", "ed25519"]
 SCHEMES = {

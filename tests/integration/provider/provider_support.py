@@ -156,7 +156,7 @@ def handshake(port: int, authority: Authority, *, maximum: ssl.TLSVersion = ssl.
         socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_SECONDS) as raw,
         context.wrap_socket(raw, server_hostname="localhost") as tls,
     ):
-        tls.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        tls.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
         reply = b""
         while data := tls.recv(4096):
             reply += data

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support import Identity, accepts, free_port, running, wait_until
+from provider_support import Identity, accepts, free_port, running, wait_until
 
 NGINX = "/usr/sbin/nginx"
 
