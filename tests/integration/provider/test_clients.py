@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -252,3 +253,21 @@ def test_software_keys_keep_working(work: Path, env: dict[str, str], agent: Fake
         result = openssl(env, "req", "-new", "-x509", "-key", key, "-subj", "/CN=test")
         assert result.returncode == 0, result.stderr
     assert not agent.requests
+
+
+def test_a_point_off_the_curve_is_refused(
+    env: dict[str, str], work: Path, identity_of: Callable[[str], Identity]
+) -> None:
+    """The reference's own parser is free of arithmetic: libcrypto checks the point when the key is made of it."""
+    der = bytearray(identity_of("ec-p256").reference.to_der())
+    der[-1] ^= 1
+    (work / "off.der").write_bytes(der)
+    result = openssl(env, "pkey", "-in", work / "off.der", "-pubout")
+    assert result.returncode != 0
+    assert result.stdout == b""
+    body = base64.encodebytes(der).decode()
+    reference = work / "off.key"
+    reference.write_text(f"-----BEGIN KEYREEVE KEY REFERENCE-----\n{body}-----END KEYREEVE KEY REFERENCE-----\n")
+    result = openssl(env, "req", "-new", "-key", reference, "-subj", "/CN=test")
+    assert result.returncode != 0
+    assert result.stdout == b""
