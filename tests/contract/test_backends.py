@@ -401,3 +401,36 @@ async def test_full_disk_is_storage_full(tmp_path: Path) -> None:
         await backend.close()
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+_LOSE_SESSION = """
+import sys
+from keyreeve_common.schemes import KeyType, SignatureScheme
+from keyreeve_keyserver.backends.pkcs11_frames import Open, TokenSignItem
+from keyreeve_keyserver.backends.pkcs11_token import Token
+import time
+token = Token(Open(*sys.argv[1:]))
+token.create("k", KeyType.EC_P256)
+item = TokenSignItem("k", SignatureScheme.ECDSA_SECP256R1_SHA256, 10_000, b"message")
+token.sign(item, received=time.monotonic())
+token._session.close()
+print("again", len(token.sign(item, received=time.monotonic())) > 60)
+token._session.close()
+print("found", token.find("k"))
+token._session.close()
+token.destroy("k")
+try:
+    token.find("k")
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@softhsm
+@needs_softhsm
+def test_lost_session_is_opened_again_and_the_key_found_again(token: SoftHsmToken) -> None:
+    arguments = [str(token.module), token.label, str(token.pin_file), str(token.conf)]
+    ended = subprocess.run(
+        [sys.executable, "-c", _LOSE_SESSION, *arguments], capture_output=True, text=True, check=False
+    )
+    assert ended.stdout.splitlines() == ["again True", "found None", "KeyNotFound"], ended.stderr

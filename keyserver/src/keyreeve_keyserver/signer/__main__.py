@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import warnings
 from collections.abc import Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,6 +46,7 @@ def main() -> int:
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     configure_logging("signer")
+    warnings.simplefilter("error", UserWarning)  # a certificate that cryptography warns about is refused
     try:
         config = load_config(SignerConfig, arguments.config)
         _check(config, listens=arguments.listen is not None)

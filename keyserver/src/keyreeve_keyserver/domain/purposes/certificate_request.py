@@ -6,11 +6,11 @@ Spec: RFC 2986 4.1.
 from __future__ import annotations
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from keyreeve_common.errors import PurposeMismatch
 
 from keyreeve_keyserver.domain.der import BIT_STRING, INTEGER, OID, SEQUENCE, DerError, check_name, encode, read_element
 from keyreeve_keyserver.domain.keys import KeyRecord
+from keyreeve_keyserver.domain.purposes.x509_errors import UNREADABLE
 
 _ATTRIBUTES = 0xA0
 _SHAPE = (INTEGER, SEQUENCE, SEQUENCE, _ATTRIBUTES)
@@ -32,7 +32,7 @@ def check_certificate_request(message: bytes, record: KeyRecord) -> None:
         _ = request.subject, list(request.extensions), list(request.attributes)
     except DerError as error:
         raise PurposeMismatch(f"certificate_request: {error}") from None
-    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise PurposeMismatch("certificate_request: message is not a CertificationRequestInfo") from None
     _require(spki.encoded == record.spki_der, "the public key in the request is not this key")
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from keyreeve_common.errors import PurposeMismatch
 from keyreeve_common.schemes import SignatureScheme
 
 from keyreeve_keyserver.domain.der import BIT_STRING, INTEGER, SEQUENCE, DerError, Element, check_name, encode
 from keyreeve_keyserver.domain.der import read_element as read_der
+from keyreeve_keyserver.domain.purposes.x509_errors import UNREADABLE
 
 _VERSION, _EXTENSIONS, _UTC_TIME, _GENERALIZED_TIME = 0xA0, 0xA3, 0x17, 0x18
 _V3 = bytes.fromhex("a003020102")
@@ -54,7 +54,7 @@ def parse_tbs_certificate(message: bytes, scheme: SignatureScheme) -> TbsCertifi
         return _parse(message, scheme)
     except DerError as error:
         raise PurposeMismatch(f"x509_certificate: {error}") from None
-    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise PurposeMismatch("x509_certificate: message is not a TBSCertificate") from None
 
 
