@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import queue
+import shutil
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -84,7 +86,7 @@ class FakeCa(ca_pb2_grpc.NodeAttestationServicer, ca_pb2_grpc.AgentsServicer):
     def bundle(self) -> types_pb2.Bundle:
         return types_pb2.Bundle(trust_domain=TD, x509_authorities_der=self.pki.bundle_der)
 
-    async def AttestNode(self, request: ca_pb2.AttestNodeRequest, context: Any) -> ca_pb2.AttestNodeResponse:  # noqa: N802
+    async def AttestNode(self, request: ca_pb2.AttestNodeRequest, context: Any) -> ca_pb2.AttestNodeResponse:
         if request.join_token.token not in self.tokens:
             raise JoinTokenInvalid("join token is unknown, used or expired")
         self.tokens.discard(request.join_token.token)
@@ -93,14 +95,14 @@ class FakeCa(ca_pb2_grpc.NodeAttestationServicer, ca_pb2_grpc.AgentsServicer):
             spiffe_id=self.pki.spiffe_id(AGENT_PATH), chain_der=self._issue(request.csr_der), bundle=self.bundle()
         )
 
-    async def RenewAgentSvid(  # noqa: N802
+    async def RenewAgentSvid(
         self, request: ca_pb2.RenewAgentSvidRequest, context: Any
     ) -> ca_pb2.RenewAgentSvidResponse:
         self._check()
         self.renewed += 1
         return ca_pb2.RenewAgentSvidResponse(chain_der=self._issue(request.csr_der))
 
-    async def WatchAssignments(  # noqa: N802
+    async def WatchAssignments(
         self, request: ca_pb2.WatchAssignmentsRequest, context: Any
     ) -> AsyncIterator[ca_pb2.Assignments]:
         changed = asyncio.Event()
@@ -189,7 +191,7 @@ class FakeKeyServer(keyserver_pb2_grpc.SigningServicer):
         self._go = asyncio.Event()
         self._go.set()
 
-    async def SignStream(  # noqa: N802
+    async def SignStream(
         self, batches: AsyncIterator[keyserver_pb2.SignBatch], context: Any
     ) -> AsyncIterator[keyserver_pb2.SignResultBatch]:
         self.callers.add(current_peer().name)
@@ -239,13 +241,14 @@ class World:
     pki: TestPki
     ca: FakeCa
     key_server: FakeKeyServer
+    run_dir: Path
     processes: list[ManagedProcess] = field(default_factory=list)
     socket_options: str = ""
     extra: str = ""
 
     @property
     def socket(self) -> Path:
-        return self.directory / "run" / "sign.sock"
+        return self.run_dir / "sign.sock"
 
     @property
     def state_dir(self) -> Path:
@@ -276,7 +279,7 @@ attest_address = "127.0.0.1:{self.ca.attest_port}"
 addresses = ["127.0.0.1:{self.key_server.port}"]
 
 [sign_socket]
-path = "run/sign.sock"
+path = "{self.socket}"
 {self.socket_options}
 {self.extra}
 """)
@@ -360,9 +363,10 @@ def pki() -> TestPki:
 @pytest.fixture
 def world(tmp_path: Path, pki: TestPki) -> Iterator[World]:
     threads = LoopThread()
-    world = World(tmp_path, pki, FakeCa(pki, threads), FakeKeyServer(pki, threads))
+    run_dir = Path(tempfile.mkdtemp(prefix="keyreeve-"))  # open to all users, unlike tmp_path
+    run_dir.chmod(0o755)
+    world = World(tmp_path, pki, FakeCa(pki, threads), FakeKeyServer(pki, threads), run_dir)
     (tmp_path / "bundle.pem").write_bytes(pki.bundle_pem)
-    tmp_path.chmod(0o755)
     world.ca.start()
     world.key_server.start()
     try:
@@ -374,6 +378,7 @@ def world(tmp_path: Path, pki: TestPki) -> Iterator[World]:
         world.key_server.stop()
         world.ca.stop()
         threads.close()
+        shutil.rmtree(run_dir)
 
 
 @pytest.fixture

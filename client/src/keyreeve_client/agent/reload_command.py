@@ -48,22 +48,22 @@ async def run_reload(argv: Sequence[str], limit: timedelta) -> ReloadResult:
     finally:
         os.close(writer)
     loop.add_reader(reader, _collect, loop, reader, output)
+    exit_status: int | None = None
     try:
         async with asyncio.timeout(limit.total_seconds()):
             await _ended(process)
+        exit_status = process.returncode
     except TimeoutError:
         pass
     finally:
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await asyncio.shield(_ended(process))
-            process.wait()
-            process.returncode = None
+            process.wait()  # SIGKILL was sent: it ends at once
         _collect(loop, reader, output)
         loop.remove_reader(reader)
         os.close(reader)
-    return ReloadResult(process.returncode, _printable(output))
+    return ReloadResult(exit_status, _printable(output))
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:

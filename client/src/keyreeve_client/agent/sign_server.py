@@ -124,7 +124,6 @@ class SignConnection(asyncio.Protocol):
         self._peer: Peer | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._paused = False
-        self._ended = False
         self._learning = asyncio.Lock()
 
     @property
@@ -180,10 +179,9 @@ class SignConnection(asyncio.Protocol):
         except MalformedFrame as error:
             self._fail(0, error)
 
-    def eof_received(self) -> bool:
-        """Keeps the connection for the answers that are still to come."""
-        self._ended = True
-        return bool(self._outstanding)
+    def eof_received(self) -> None:
+        """The client left; what it asked for is cancelled once the connection is closed."""
+        self.close()
 
     # A client that does not read its answers is not read from either, and is cut off when that lasts.
     def pause_writing(self) -> None:
@@ -249,8 +247,6 @@ class SignConnection(asyncio.Protocol):
     def _done(self, request_id: int) -> None:
         self._server.counts.outstanding -= 1
         del self._outstanding[request_id]
-        if self._ended and not self._outstanding:
-            self.close()
 
     async def _serve(self, request: SignFrame) -> None:
         peer = self._peer

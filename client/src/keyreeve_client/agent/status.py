@@ -22,13 +22,13 @@ from keyreeve_client.agent.sign_server import SignServer
 from keyreeve_client.agent.sync import Sync
 
 FORMAT = 1
-INTERVAL_SECONDS = 10.0
-_QUIET_SECONDS = 0.2
+HEARTBEAT_SECONDS = 10
+_TICK_SECONDS = 1.0
 
 
 @dataclass
 class StatusWriter:
-    """Writes the status after each change, and every 10 seconds for the counts; `touch` says that something changed."""
+    """Writes the status after each change, within a second when only counts changed, and every 10 seconds as a sign of life."""
 
     identity: NodeIdentity
     sync: Sync
@@ -45,11 +45,18 @@ class StatusWriter:
     async def run_forever(self) -> None:
         while True:
             self._changed.clear()
+            counted = self._counted()
             await self.write()
-            await asyncio.sleep(_QUIET_SECONDS)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(INTERVAL_SECONDS):
-                    await self._changed.wait()
+            for _ in range(HEARTBEAT_SECONDS):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_TICK_SECONDS):
+                        await self._changed.wait()
+                if self._changed.is_set() or self._counted() != counted:
+                    break
+
+    def _counted(self) -> tuple[int, ...]:
+        counts = self.server.counts
+        return counts.signed.total(), counts.refused.total(), counts.connections
 
     async def write(self) -> None:
         data = json.dumps(self.build(), indent=2).encode() + b"\n"
