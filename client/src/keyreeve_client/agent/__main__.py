@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import resource
 import sys
@@ -20,7 +21,8 @@ from keyreeve_client.agent.service import Agent, check
 def main() -> None:
     """Exit status: 0 stopped in order, 1 could not start or go on, 2 the configuration is wrong."""
     arguments = _arguments()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):  # a sandbox may forbid it; then its own LimitCORE counts
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
     try:
         config = load_config(AgentConfig, arguments.config)

@@ -46,7 +46,7 @@ REFUSALS = (
     PermissionDenied,
     NotFound,
 )  # the CA does not know this agent any more; waiting will not help
-NEW_TOKEN = "a new join token is needed: run `keyreeve join-token create` and put the token into join_token_file"  # noqa: S105
+NEW_TOKEN = "a new join token is needed: run `keyreeve token create` and put the token into join_token_file"  # noqa: S105
 _RPC_TIMEOUT = 15.0
 _LONGEST_NAP = 60.0
 

@@ -152,8 +152,12 @@ class FileSink:
 
     def _give(self, directory: Path) -> None:
         """A directory stays the agent's, so that no proxy can replace what is in it; the group may look in."""
-        os.chown(directory, os.geteuid(), self.ownership.ids()[1])
-        directory.chmod(0o750 if self.ownership.restricted else 0o755)
+        group, mode = self.ownership.ids()[1], 0o750 if self.ownership.restricted else 0o755
+        status = directory.stat()
+        if status.st_gid != group:
+            os.chown(directory, -1, group)
+        if stat.S_IMODE(status.st_mode) != mode:
+            directory.chmod(mode)
 
     def _switch(self, version: str) -> None:
         link = self.directory / f".{CURRENT}"

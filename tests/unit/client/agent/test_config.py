@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from keyreeve_client.agent.config import AgentConfig
+from keyreeve_client import agent
+from keyreeve_client.agent.config import AgentConfig, CaConfig, KeyServerConfig, ProxyConfig, SignSocketConfig
 from keyreeve_common.config import load_config
 from keyreeve_common.errors import ConfigInvalid
 
@@ -50,6 +52,15 @@ def test_proxies(tmp_path: Path) -> None:
     config = load(tmp_path, text + 'reload_command = ["/usr/sbin/nginx", "-s", "reload"]\nreload_timeout = "3s"\n')
     assert config.proxy[0].reload_command == ("/usr/sbin/nginx", "-s", "reload")
     assert config.proxy[0].reload_timeout == timedelta(seconds=3)
+
+
+def test_every_key_is_documented_and_the_example_loads(tmp_path: Path) -> None:
+    readme = Path(agent.__file__).with_name("README.md").read_text()
+    example = readme.split("```toml\n")[1].split("```")[0]
+    load(tmp_path, example)
+    for kind in (AgentConfig, CaConfig, KeyServerConfig, SignSocketConfig, ProxyConfig):
+        for field in dataclasses.fields(kind):
+            assert f"{field.name}" in example
 
 
 @pytest.mark.parametrize(
