@@ -340,3 +340,13 @@ def test_directory_that_is_missing(tmp_path: Path) -> None:
     url = URL.create("sqlite", database=str(tmp_path / "none" / "catalog.sqlite3"))
     with pytest.raises(ConfigInvalid, match="no such directory"):
         Catalog.open(url, busy_timeout=timedelta(seconds=1))
+
+
+def test_intent_takes_a_fresh_key_id_until_it_is_completed(catalog: Catalog) -> None:
+    intent = catalog.begin_key(new_key(), now=NOW)
+    renamed = catalog.rename_intent(intent.key_id)
+    assert renamed is not None
+    assert renamed.key_id != intent.key_id
+    made = make_key(catalog)
+    assert made.key_id == renamed.key_id
+    assert catalog.rename_intent(made.key_id) is None
