@@ -1,0 +1,127 @@
+"""What signatures are judged by: following, staleness, and rows that arrive in the wrong order."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from keyreeve_common.errors import KeyNotFound, StorageBusy, Unavailable
+from keyreeve_common.key_id import KeyId
+from keyreeve_common.purposes import KeyRole, Purpose
+from keyreeve_common.schemes import KeyType
+from keyreeve_keyserver.catalog.catalog import Catalog
+from keyreeve_keyserver.catalog.records import GrantEntry, KeyEntry, NewKey
+from keyreeve_keyserver.domain.keys import KeyState
+from keyreeve_keyserver.domain.policy import Grant
+from keyreeve_keyserver.frontend.access import Access, CatalogThreads
+from sqlalchemy import URL, text
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+HOLDER = "spiffe://example.org/agent/a"
+SERVER = frozenset({Purpose.TLS13_SERVER_VERIFY})
+
+
+@pytest.fixture
+async def threads(tmp_path: Path) -> AsyncIterator[CatalogThreads]:
+    url = URL.create("sqlite", database=str(tmp_path / "catalog.sqlite3"))
+    threads = CatalogThreads(Catalog.open(url, busy_timeout=timedelta(milliseconds=200)))
+    yield threads
+    threads.close()
+
+
+def make_key(catalog: Catalog) -> KeyEntry:
+    new = NewKey("r", KeyType.EC_P256, KeyRole.HANDSHAKE, SERVER, "", "")
+    entry = catalog.begin_key(new, now=NOW)
+    done = catalog.complete_key(entry.key_id, backend="b", sealed_record=b"s", spki_der=b"p", attributes={})
+    assert done is not None
+    return done
+
+
+def grant(key_id: KeyId) -> Grant:
+    return Grant(key_id, HOLDER, SERVER, NOW)
+
+
+def allowed(access: Access, key_id: str) -> bool:
+    try:
+        access.authorize(HOLDER, key_id, Purpose.TLS13_SERVER_VERIFY, NOW)
+    except KeyNotFound:
+        return False
+    return True
+
+
+async def test_other_processes_writes_are_followed(threads: CatalogThreads) -> None:
+    access = Access(threads, max_staleness=timedelta(seconds=60))
+    await access.refresh()
+    key = make_key(threads.catalog)
+    threads.catalog.put_grant(grant(key.key_id))
+    assert not allowed(access, key.key_id)
+    await access.refresh()
+    assert allowed(access, key.key_id)
+    threads.catalog.revoke_grant(key.key_id, HOLDER, now=NOW)
+    await access.refresh()
+    assert not allowed(access, key.key_id)
+
+
+async def test_an_older_row_does_not_undo_a_newer_one(threads: CatalogThreads) -> None:
+    access = Access(threads, max_staleness=timedelta(seconds=60))
+    key = make_key(threads.catalog)
+    made = threads.catalog.put_grant(grant(key.key_id))
+    revoked = threads.catalog.revoke_grant(key.key_id, HOLDER, now=NOW)
+    access.apply_key(key)
+    access.apply_grant(revoked)
+    access.apply_grant(made)
+    assert not allowed(access, key.key_id)
+
+
+async def test_disabling_elsewhere_is_told_once(threads: CatalogThreads) -> None:
+    access = Access(threads, max_staleness=timedelta(seconds=60))
+    told: list[KeyId] = []
+    access.on_disabled = told.append
+    key = make_key(threads.catalog)
+    await access.refresh()
+    threads.catalog.change_state(key.key_id, to=KeyState.DISABLED, from_states=(KeyState.ENABLED,))
+    await access.refresh()
+    await access.refresh()
+    assert told == [key.key_id]
+
+
+async def test_a_catalog_restored_from_a_backup_is_read_anew(threads: CatalogThreads) -> None:
+    access = Access(threads, max_staleness=timedelta(seconds=60))
+    key = make_key(threads.catalog)
+    threads.catalog.put_grant(grant(key.key_id))
+    await access.refresh()
+    engine = threads.catalog._engine
+    with engine.begin() as connection:  # a backup from before the grant
+        connection.execute(text("DELETE FROM keyreeve_grants"))
+        connection.execute(text("UPDATE keyreeve_changes SET counter = 1"))
+    await access.refresh()
+    assert not allowed(access, key.key_id)
+
+
+async def test_without_fresh_reads_nothing_is_authorised(threads: CatalogThreads) -> None:
+    access = Access(threads, max_staleness=timedelta(0))
+    await access.refresh()
+    with pytest.raises(Unavailable, match="revocations may be missed"):
+        access.require_fresh()
+    fresh = Access(threads, max_staleness=timedelta(seconds=60))
+    with pytest.raises(Unavailable):
+        fresh.require_fresh()  # never read at all
+    await fresh.refresh()
+    fresh.require_fresh()
+
+
+async def test_failing_reads_are_said(threads: CatalogThreads, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(_: int) -> None:
+        raise StorageBusy("locked")
+
+    access = Access(threads, max_staleness=timedelta(seconds=60))
+    monkeypatch.setattr(threads.catalog, "changes_since", busy)
+    with pytest.raises(StorageBusy):
+        await access.refresh()
+
+
+def test_entries_are_values() -> None:
+    entry = GrantEntry(grant(KeyId("k-1")), 3)
+    assert entry == GrantEntry(grant(KeyId("k-1")), 3)
