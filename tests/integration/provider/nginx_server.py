@@ -66,6 +66,7 @@ class Nginx:
             running([NGINX, "-e", str(self.log), "-c", str(self.write())], log=self.work / "nginx.out", env=self.env)
         )
         wait_until(lambda: accepts(self.port), f"nginx on port {self.port}")
+        wait_until(lambda: len(self.worker_pids()) == self.workers, "every worker")
         return self
 
     def __exit__(self, *_: object) -> None:
