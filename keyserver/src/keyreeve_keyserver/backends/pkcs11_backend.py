@@ -34,7 +34,7 @@ from keyreeve_keyserver.backends.ports import (
     SignOutcome,
     SignRequest,
 )
-from keyreeve_keyserver.backends.software import rsa_padding
+from keyreeve_keyserver.backends.rsa_padding import rsa_padding
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from keyreeve_common.errors import DeadlineExceeded, KeyreeveError, TokenPinIncorrect, TokenUnavailable
-from keyreeve_common.telemetry import log, log_warning
+from keyreeve_common.telemetry import log, log_exception, log_warning
 
 from keyreeve_keyserver.backends import pkcs11_frames as frames
 from keyreeve_keyserver.backends.pkcs11_process import WorkerGone, WorkerProcess
@@ -121,6 +121,9 @@ class WorkerPool:
                 process = None
         except TokenPinIncorrect as error:
             self._fail(error)
+        except Exception:
+            log_exception("pkcs11_slot_failed", backend=self._name)
+            self._fail(TokenUnavailable("the pool of PKCS#11 workers met a fault of ours: see the signer's log"))
         finally:
             self._processes.pop(index, None)
             if process is not None:
@@ -158,6 +161,8 @@ class WorkerPool:
         """Puts questions to this worker until it is lost."""
         while True:
             job = await self._next_job()
+            if job.answer.done():
+                continue
             job.attempts += 1
             try:
                 answer = await process.ask(job.question, within=self._call_timeout)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from keyreeve_common.errors import DeadlineExceeded, Internal, KeyNotFound, KeyreeveError, SealedRecordInvalid
 from keyreeve_common.key_id import KeyId
-from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, Padding, SignatureScheme, check_scheme_fits
+from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, SignatureScheme, check_scheme_fits
 
 from keyreeve_keyserver.backends.ports import (
     BackendHealth,
@@ -34,6 +34,7 @@ from keyreeve_keyserver.backends.ports import (
     SignOutcome,
     SignRequest,
 )
+from keyreeve_keyserver.backends.rsa_padding import rsa_padding
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
 
@@ -166,13 +167,6 @@ def _sign_rsa(key: PrivateKey, scheme: SignatureScheme, message: bytes) -> bytes
     signature = private_key.sign(message, form, algorithm)
     private_key.public_key().verify(signature, message, form, algorithm)
     return signature
-
-
-def rsa_padding(scheme: SignatureScheme) -> padding.AsymmetricPadding:
-    """Spec: RFC 8446 4.2.3: the salt of PSS is as long as the digest."""
-    if scheme.facts.padding is Padding.PKCS1_V15:
-        return padding.PKCS1v15()
-    return padding.PSS(padding.MGF1(HASHES[scheme.facts.hash_name]()), padding.PSS.DIGEST_LENGTH)
 
 
 _SIGNERS: dict[KeyFamily, Callable[[PrivateKey, SignatureScheme, bytes], bytes]] = {

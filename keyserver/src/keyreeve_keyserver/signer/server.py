@@ -18,6 +18,7 @@ from keyreeve_keyserver.signer.service import SigningService
 
 MAX_IN_FLIGHT = 64
 _READ_BYTES = 1_048_576
+_CLOSE_SECONDS = 5
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -97,8 +98,13 @@ class _Connection:
             pass
         finally:
             await self._drain()
-            with suppress(OSError):
-                self._writer.close()
+            await self._close()
+
+    async def _close(self) -> None:
+        """A peer that does not read what it was answered is not waited for long."""
+        self._writer.close()
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._writer.wait_closed()
 
     async def _begin(self, frame: bytes) -> None:
