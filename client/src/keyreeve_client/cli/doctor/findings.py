@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +55,13 @@ class Answer:
 
     @property
     def last_line(self) -> str:
-        return next((line.strip() for line in reversed(self.text.splitlines()) if line.strip()), "said nothing")
+        """What it said last: the detail where that is one of our log lines."""
+        line = next((line.strip() for line in reversed(self.text.splitlines()) if line.strip()), "said nothing")
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return line
+        return str(entry.get("detail", line)) if isinstance(entry, dict) else line
 
 
 def run(command: Sequence[str], env: dict[str, str] | None = None) -> Answer:
