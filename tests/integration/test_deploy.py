@@ -1,0 +1,111 @@
+"""What deploy/ holds is in order: sample configurations are what the services read, units are what systemd reads, and hard enough."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from keyreeve_client.agent.config import AgentConfig
+from keyreeve_common.config import load_config
+from keyreeve_keyserver.config import load_keyserver_config
+from keyreeve_keyserver.signer.config import SignerConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG, UNITS, NGINX = ROOT / "deploy/config", ROOT / "deploy/systemd", ROOT / "deploy/nginx"
+# The most that `systemd-analyze security` may find wrong with each, 0 (nothing) to 10.
+EXPOSURE = {"keyreeve-signer": 0.5, "keyreeve-keyserver": 1.5, "keyreeve-ca": 1.5, "keyreeve-agent": 3.0}
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+
+
+def test_the_samples_fit_together() -> None:
+    agent = load_config(AgentConfig, CONFIG / "agent.toml")
+    server = load_keyserver_config(CONFIG / "keyserver.toml")
+    signer = load_config(SignerConfig, CONFIG / "signer.toml")
+    assert agent.trust_domain == server.trust_domain
+    assert server.spiffe_id == agent.key_server_id
+    assert agent.key_server.addresses[0].rsplit(":", 1)[1] == server.listen.rsplit(":", 1)[1]
+    assert signer.default_name == "hsm"
+    assert signer.listen.allowed_uids
+
+
+def _unit(name: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in (UNITS / f"{name}.service").read_text().splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            found.setdefault(key, []).append(value)
+    return found
+
+
+def test_units_and_samples_name_the_same_paths() -> None:
+    signer = load_config(SignerConfig, CONFIG / "signer.toml")
+    server = load_keyserver_config(CONFIG / "keyserver.toml")
+    unit = _unit("keyreeve-signer")
+    assert str(server.signer_socket) in unit["ExecStart"][0]
+    credentials = {f"/run/credentials/keyreeve-signer.service/{each.split(':')[0]}" for each in unit["LoadCredential"]}
+    assert {str(signer.sealing.passphrase_file), str(signer.backend[0].pin_file)} == credentials
+
+
+def test_the_signer_has_no_network_and_a_user_of_its_own() -> None:
+    unit = _unit("keyreeve-signer")
+    assert unit["PrivateNetwork"] == ["yes"]
+    assert unit["RestrictAddressFamilies"] == ["AF_UNIX"]
+    users = [_unit(name)["User"][0] for name in EXPOSURE]
+    assert len(set(users)) == len(users)
+    assert all(_unit(name)["LimitCORE"] == ["0"] for name in EXPOSURE)
+
+
+@needs_systemd
+@pytest.mark.parametrize("name", EXPOSURE)
+def test_systemd_reads_the_unit(name: str) -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(UNITS / f"{name}.service")],
+        capture_output=True, text=True, check=False, env={**os.environ, "SYSTEMD_LOG_TARGET": "console"},
+    )  # fmt: skip
+    # Only our own units, and not that the program is missing here.
+    said = [line for line in done.stderr.splitlines() if "keyreeve" in line and "is not executable" not in line]
+    assert not said
+
+
+@needs_systemd
+@pytest.mark.parametrize(("name", "most"), EXPOSURE.items())
+def test_the_unit_is_hardened(name: str, most: float) -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", f"--threshold={int(most * 10)}", "--no-pager",
+         str(UNITS / f"{name}.service")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout.splitlines()[-1:]
+
+
+def test_the_nginx_example_is_what_nginx_reads(tmp_path: Path) -> None:
+    """With certificates and a key of the test's own in the place of the agent's files."""
+    from keyreeve_testing.pki import TestPki
+
+    nginx = shutil.which("nginx") or "/usr/sbin/nginx"
+    if not Path(nginx).exists():
+        pytest.skip("needs nginx")
+    svid = TestPki().svid("/web")
+    current = tmp_path / "current"
+    current.mkdir()
+    svid.write(current, "chain")
+    (current / "key.pem").write_bytes(svid.key_pem)
+    (current / "bundle.pem").write_bytes(TestPki().bundle_pem)
+    server = (NGINX / "keyreeve.conf").read_text().replace("/var/lib/keyreeve-agent/nginx/current", str(current))
+    server = server.replace("443", "127.0.0.1:18443")
+    conf = tmp_path / "nginx.conf"
+    conf.write_text(f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\n{server}\n}}\n")
+    done = subprocess.run([nginx, "-t", "-e", "stderr", "-p", str(tmp_path), "-c", str(conf)],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_example_holds_a_private_key() -> None:
+    texts: dict[str, Any] = {
+        str(path): path.read_text() for path in (ROOT / "deploy").rglob("*") if path.is_file() and path.suffix != ".pyc"
+    }
+    assert not [name for name, text in texts.items() if "PRIVATE KEY" in text]
