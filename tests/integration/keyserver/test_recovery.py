@@ -248,6 +248,19 @@ def test_first_start_waits_for_an_svid(tmp_path: Path) -> None:
             assert stubs.health.Check(keyserver_pb2.HealthRequest(), timeout=10).serving
 
 
+def test_svid_that_expired_while_we_were_down(tmp_path: Path) -> None:
+    with KeyServerRig(tmp_path / "ks").running() as rig:
+        rig.process.terminate()
+        expired = rig.pki.expired_svid("keyreeve/keyserver")
+        (rig.state / "svid.pem").write_bytes(expired.chain_pem)
+        rig.process.start_ready()
+        assert rig.process.wait_event("installed_svid_not_usable")["code"] == "svid_expired"
+        rig.process.wait_event("waiting_for_svid")
+        mark = len(rig.process.events)
+        rig.install_svid()
+        rig.process.wait_event("listening", after=mark)
+
+
 def test_svids_that_are_not_ours_are_refused(tmp_path: Path) -> None:
     with KeyServerRig(tmp_path / "ks").running(initialised=False) as rig, rig.local() as local:
         csr = local.identity.GetCsr(keyserver_pb2.GetCsrRequest(spiffe_id=rig.spiffe_id)).csr_der

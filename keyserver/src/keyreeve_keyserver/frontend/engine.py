@@ -34,12 +34,12 @@ class SigningEngine:
         by_id = {item.id: item for item in items}
 
         def first_answer(results: Sequence[SignResult]) -> None:
-            unloaded = [by_id[result.id] for result in results if _is_unloaded(result)]
+            unloaded = [by_id[result.id] for result in results if type(result) is Refused and _is_unloaded(result)]
             if not unloaded:
                 final_answer(results)
                 return
             if len(unloaded) < len(results):
-                final_answer([result for result in results if not _is_unloaded(result)])
+                final_answer([result for result in results if type(result) is Signed or not _is_unloaded(result)])
             self._spawn(self._load_and_resend(caller, unloaded, final_answer, timeout_s))
 
         def final_answer(results: Sequence[SignResult]) -> None:

@@ -186,7 +186,8 @@ class SignerLink:
         batch.waiting.difference_update([result.id for result in wanted])
         if not batch.waiting:
             self._finish(number)
-        batch.on_results(wanted)
+        if wanted:
+            batch.on_results(wanted)
 
     def _finish(self, number: int) -> None:
         batch = self._batches.pop(number)

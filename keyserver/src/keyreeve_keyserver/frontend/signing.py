@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -40,6 +41,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         self.engine = engine
         self.limits = limits
         self.clock = clock
+        self._bound_ms = int(limits.sign_timeout / timedelta(milliseconds=1))
         self._streams: set[_Stream] = set()
         self._draining = False
 
@@ -47,7 +49,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         peer = current_peer()
         try:
             self.access.require_fresh()
-            item = self.judge(peer, 0, request, self._deadline_ms(context.time_remaining()), self.clock())
+            item = self.judge(peer.name, 0, request, self._deadline_ms(context.time_remaining()), self.clock())
             result = await self._sign_one(peer, item)
         except KeyreeveError as error:
             log_refusals(peer, [(request.key_id, request.purpose, error)])
@@ -63,8 +65,10 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         if self._draining:
             stream.end(_draining())
         try:
-            while (results := await stream.answers.get()) is not None:
-                yield results
+            while (answer := await stream.answers.get()) is not None:
+                yield answer.results
+                if answer.ends_batch:
+                    stream.release()
         finally:
             self._streams.discard(stream)
             reader.cancel()
@@ -77,22 +81,21 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         for stream in self._streams:
             stream.end(_draining())
 
-    def judge(self, peer: Peer, number: int, request: _Request, deadline_ms: int, now: datetime) -> SignItem:
-        """The signer's item for a request that this peer may make. Raises: the refusal."""
+    def judge(self, caller: str, number: int, request: _Request, deadline_ms: int, now: datetime) -> SignItem:
+        """The signer's item for a request that this caller may make. Raises: the refusal."""
         message = request.message
         if len(message) > MAX_MESSAGE_BYTES:
             raise MessageTooLarge(f"message has {len(message)} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
         if request.purpose not in _PURPOSES:
             raise InvalidRequest(f"purpose {request.purpose} is not one that Keyreeve knows")
         key_id = parse_key_id(request.key_id)
-        self.access.authorize(peer.name, key_id, request.purpose, now)
+        self.access.authorize(caller, key_id, request.purpose, now)
         if request.scheme > _MAX_SCHEME:
             raise SchemeNotSupported("signature scheme is not a code point of the TLS SignatureScheme registry")
         return SignItem(number, key_id, request.scheme, request.purpose, deadline_ms, message)
 
     def bound_ms(self, asked_ms: int) -> int:
-        bound = int(self.limits.sign_timeout / timedelta(milliseconds=1))
-        return min(asked_ms, bound) if asked_ms else bound
+        return asked_ms if 0 < asked_ms < self._bound_ms else self._bound_ms
 
     def _deadline_ms(self, remaining_s: float | None) -> int:
         return self.bound_ms(max(1, int(min(remaining_s, 3600.0) * 1000)) if remaining_s is not None else 0)
@@ -112,14 +115,24 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         raise result.error
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    results: keyserver_pb2.SignResultBatch
+    ends_batch: bool
+
+
 class _Stream:
-    """One SignStream: at most `batches_per_stream` batches in flight, then reading waits and HTTP/2 holds the client back."""
+    """One SignStream: at most `batches_per_stream` batches between their reading and the sending of their last result.
+
+    Then reading waits, and HTTP/2 holds the client back: one that sends and never reads costs bounded memory.
+    """
 
     def __init__(self, service: SigningServicer, peer: Peer) -> None:
-        self.answers: asyncio.Queue[keyserver_pb2.SignResultBatch | None] = asyncio.Queue()
+        self.answers: asyncio.Queue[_Answer | None] = asyncio.Queue()
         self.ending: KeyreeveError | None = None
         self._service = service
         self._peer = peer
+        self._caller = peer.name
         self._outstanding: set[int] = set()
         self._slots = asyncio.Semaphore(service.limits.batches_per_stream)
         self._read_ended = False
@@ -140,6 +153,9 @@ class _Stream:
         except Exception:  # the client went away in the middle of a message
             self.end(None)
 
+    def release(self) -> None:
+        self._slots.release()
+
     def end(self, error: KeyreeveError | None) -> None:
         """No more batches are taken; the stream ends when the last result is out."""
         if self._read_ended:
@@ -153,13 +169,16 @@ class _Stream:
             self.answers.put_nowait(None)
 
     def _take(self, batch: keyserver_pb2.SignBatch) -> None:
-        service, peer = self._service, self._peer
+        service, peer, caller = self._service, self._peer, self._caller
         now = service.clock()
         if not peer.local:
             peer.require_svid(now)
         requests = batch.items
         if len(requests) > MAX_ITEMS:
             raise InvalidRequest(f"batch has {len(requests)} items, at most {MAX_ITEMS} are allowed")
+        if not requests:
+            self.release()
+            return
         try:
             service.access.require_fresh()
             self._check_ids([request.id for request in requests])
@@ -172,20 +191,20 @@ class _Stream:
         for request in requests:
             deadline = service.bound_ms(request.deadline_ms)
             try:
-                accepted.append(service.judge(peer, request.id, request, deadline, now))
+                accepted.append(service.judge(caller, request.id, request, deadline, now))
             except KeyreeveError as error:
                 refused.append((request.id, request.key_id, request.purpose, error))
                 continue
             longest = max(longest, deadline)
         if refused:
             log_refusals(peer, [entry[1:] for entry in refused])
-            self._answer([keyserver_pb2.SignResult(id=entry[0], error=error_to_proto(entry[3])) for entry in refused])
+            shown = [keyserver_pb2.SignResult(id=entry[0], error=error_to_proto(entry[3])) for entry in refused]
+            self._answer(shown, ends_batch=not accepted)
         if not accepted:
-            self._slots.release()
             return
         log_local(peer, accepted)
         self._outstanding.update([item.id for item in accepted])
-        service.engine.submit(peer.name, accepted, self._collector(accepted), timeout_s=longest / 1000)
+        service.engine.submit(caller, accepted, self._collector(accepted), timeout_s=longest / 1000)
 
     def _check_ids(self, ids: list[int]) -> None:
         if len(set(ids)) != len(ids) or not self._outstanding.isdisjoint(ids):
@@ -194,8 +213,7 @@ class _Stream:
     def _refuse_all(self, requests: Sequence[keyserver_pb2.SignItem], error: KeyreeveError) -> None:
         log_refusals(self._peer, [("", 0, error)])
         shown = error_to_proto(error)
-        self._answer([keyserver_pb2.SignResult(id=request.id, error=shown) for request in requests])
-        self._slots.release()
+        self._answer([keyserver_pb2.SignResult(id=request.id, error=shown) for request in requests], ends_batch=True)
 
     def _collector(self, items: Sequence[SignItem]) -> Callable[[Sequence[SignResult]], None]:
         left = len(items)
@@ -204,17 +222,14 @@ class _Stream:
             nonlocal left
             left -= len(results)
             self._outstanding.difference_update([result.id for result in results])
-            self._answer([_to_proto(result) for result in results])
+            self._answer([_to_proto(result) for result in results], ends_batch=left == 0)
             self._log_signer_refusals(items, results)
-            if left == 0:
-                self._slots.release()
             self._close_if_done()
 
         return collect
 
-    def _answer(self, results: list[keyserver_pb2.SignResult]) -> None:
-        if results:
-            self.answers.put_nowait(keyserver_pb2.SignResultBatch(results=results))
+    def _answer(self, results: list[keyserver_pb2.SignResult], *, ends_batch: bool) -> None:
+        self.answers.put_nowait(_Answer(keyserver_pb2.SignResultBatch(results=results), ends_batch))
 
     def _log_signer_refusals(self, items: Sequence[SignItem], results: Sequence[SignResult]) -> None:
         refused = {result.id: result.error for result in results if not isinstance(result, Signed)}

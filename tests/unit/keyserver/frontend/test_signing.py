@@ -1,0 +1,149 @@
+"""SignStream against an engine that the test plays: back-pressure, draining, and the clock."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import pytest
+from keyreeve_common.errors import SvidExpired, Unavailable
+from keyreeve_common.grpc_edge import Peer, _current_peer
+from keyreeve_common.v1 import keyserver_pb2
+from keyreeve_common.x509_svid import parse_x509_svid
+from keyreeve_keyserver.config import Limits
+from keyreeve_keyserver.frames import Signed, SignItem
+from keyreeve_keyserver.frontend.access import Access
+from keyreeve_keyserver.frontend.engine import SigningEngine
+from keyreeve_keyserver.frontend.signer_link import OnResults
+from keyreeve_keyserver.frontend.signing import SigningServicer
+from keyreeve_testing.keyserver import sign_item
+from keyreeve_testing.pki import TestPki
+
+KEY_ID = "k-" + "a" * 26
+
+
+class OpenAccess:
+    def require_fresh(self) -> None:
+        return
+
+    def authorize(self, holder: str, key_id: str, purpose: int, now: datetime) -> None:
+        return
+
+
+class ScriptedEngine:
+    """Keeps what is submitted until `answer`."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Sequence[SignItem], OnResults]] = []
+        self.submitted = asyncio.Event()
+        self.count = 0
+
+    def submit(self, caller: str, items: Sequence[SignItem], on_results: OnResults, *, timeout_s: float) -> None:
+        self.waiting.append((items, on_results))
+        self.count += 1
+        self.submitted.set()
+
+    def answer(self) -> None:
+        items, on_results = self.waiting.pop(0)
+        on_results([Signed(item.id, b"s") for item in items])
+
+
+class Rig:
+    def __init__(self, *, batches_per_stream: int = 32) -> None:
+        self.now = datetime.now(UTC)
+        self.engine = ScriptedEngine()
+        limits = Limits(batches_per_stream=batches_per_stream)
+        access, engine = cast("Access", OpenAccess()), cast("SigningEngine", self.engine)
+        self.service = SigningServicer(access, engine, limits, lambda: self.now)
+        svid = TestPki().svid("agent/a", not_after=self.now + timedelta(hours=1))
+        self.peer = Peer(svid=parse_x509_svid(svid.chain[0]))
+        self.sent: asyncio.Queue[keyserver_pb2.SignBatch | None] = asyncio.Queue()
+        self.read = 0
+
+    async def _requests(self) -> AsyncIterator[keyserver_pb2.SignBatch]:
+        while (batch := await self.sent.get()) is not None:
+            self.read += 1
+            yield batch
+
+    def open(self) -> AsyncIterator[keyserver_pb2.SignResultBatch]:
+        _current_peer.set(self.peer)
+        return self.service.SignStream(self._requests(), cast("Any", None))
+
+    def send(self, number: int) -> None:
+        self.sent.put_nowait(keyserver_pb2.SignBatch(items=[sign_item(number, KEY_ID)]))
+
+    async def until_submitted(self, count: int) -> None:
+        while self.engine.count < count:
+            self.engine.submitted.clear()
+            await self.engine.submitted.wait()
+
+
+async def turns(count: int = 50) -> None:
+    """Lets every task run as far as it can."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_client_that_never_reads_is_held_back() -> None:
+    rig = Rig(batches_per_stream=2)
+    stream = rig.open()
+    for number in range(10):
+        rig.send(number)
+    first = asyncio.ensure_future(anext(stream))
+    await rig.until_submitted(2)
+    rig.engine.answer()
+    await first
+    rig.engine.answer()
+    await turns()
+    assert rig.engine.count == 2  # both slots are taken until their results are out
+    assert (await anext(stream)).results
+    await rig.until_submitted(3)
+    await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def test_expired_svid_ends_the_stream_after_its_answers() -> None:
+    rig = Rig()
+    stream = rig.open()
+    rig.send(1)
+    first = asyncio.ensure_future(anext(stream))
+    await rig.until_submitted(1)
+    rig.now += timedelta(hours=2)
+    rig.send(2)
+    await turns()
+    rig.engine.answer()
+    assert (await first).results[0].signature == b"s"
+    with pytest.raises(SvidExpired):
+        await anext(stream)
+    assert rig.engine.count == 1
+
+
+async def test_draining_answers_what_was_taken() -> None:
+    rig = Rig()
+    stream = rig.open()
+    rig.send(1)
+    first = asyncio.ensure_future(anext(stream))
+    await rig.until_submitted(1)
+    rig.service.drain()
+    rig.engine.answer()
+    assert (await first).results[0].signature == b"s"
+    with pytest.raises(Unavailable):
+        await anext(stream)
+    late = rig.open()
+    with pytest.raises(Unavailable):
+        await anext(late)
+
+
+async def test_end_of_requests_ends_the_stream_after_the_last_result() -> None:
+    rig = Rig()
+    stream = rig.open()
+    rig.send(1)
+    rig.sent.put_nowait(keyserver_pb2.SignBatch())
+    rig.sent.put_nowait(None)
+    first = asyncio.ensure_future(anext(stream))
+    await rig.until_submitted(1)
+    rig.engine.answer()
+    await first
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
