@@ -79,12 +79,14 @@ class FakeCa(ca_pb2_grpc.NodeAttestationServicer, ca_pb2_grpc.AgentsServicer):
     attest_port: int = field(default_factory=free_port)
 
     def __post_init__(self) -> None:
+        self.trust_domain = TD
+        self.authorities = list(self.pki.bundle_der)
         self.state = ca_pb2.Assignments(sequence=1, bundle=self.bundle())
         self._changed: set[asyncio.Event] = set()
         self._servers: list[grpc.aio.Server] = []
 
     def bundle(self) -> types_pb2.Bundle:
-        return types_pb2.Bundle(trust_domain=TD, x509_authorities_der=self.pki.bundle_der)
+        return types_pb2.Bundle(trust_domain=self.trust_domain, x509_authorities_der=self.authorities)
 
     async def AttestNode(self, request: ca_pb2.AttestNodeRequest, context: Any) -> ca_pb2.AttestNodeResponse:
         if request.join_token.token not in self.tokens:

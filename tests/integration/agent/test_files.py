@@ -136,3 +136,34 @@ def test_openssl_reads_what_was_written(world: Any) -> None:
     )
     assert done.stdout.strip().endswith("OK"), done.stderr
     assert isinstance(world.key_server.keys["key-web"], ec.EllipticCurvePrivateKey)
+
+
+def test_a_new_authority_is_taken_up_with_what_it_signed(world: Any) -> None:
+    directory = world.add_proxy("web", "/web")
+    first = world.assignment()
+    world.ca.push(first)
+    agent = world.start()
+    successor = type(world.pki)("agent.test")
+    by_successor = world.assignment(svid=successor.svid("/web", key=world.key_server.keys["key-web"]), revision=2)
+    world.ca.push(by_successor)
+    agent.wait_event("assignment_refused")
+    world.ca.authorities = [*world.pki.bundle_der, *successor.bundle_der]
+    world.ca.push(by_successor)
+    agent.wait_event("proxy_files_replaced", lambda event: event["version"] == "v2")
+    assert (directory / "current" / "bundle.pem").read_bytes() == world.pki.bundle_pem + successor.bundle_pem
+    assert world.sign()
+    agent.terminate()
+    agent = world.start()
+    assert world.sign()
+
+
+def test_a_bundle_of_another_trust_domain_or_an_empty_one_changes_nothing(world: Any) -> None:
+    world.ca.push(world.assignment())
+    agent = world.start()
+    world.ca.trust_domain = "other.test"
+    world.ca.wake()
+    agent.wait_event("bundle_refused", lambda event: "other.test" in event["detail"])
+    world.ca.trust_domain, world.ca.authorities = "agent.test", []
+    world.ca.wake()
+    agent.wait_event("bundle_refused", lambda event: "no authority" in event["detail"])
+    assert world.sign()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -127,6 +128,24 @@ def test_a_flood_of_connections_is_bounded(world: Any) -> None:
             world.sign()
         client.ping()
         assert len(os.listdir(f"/proc/{agent.pid}/fd")) < 120
+        for one in flood:
+            one.close()
+    _until_signs(world)
+
+
+def test_running_out_of_descriptors_is_survived(world: Any) -> None:
+    world.ca.push(world.assignment())
+    agent = world.start()
+    with world.client() as client:
+        client.ping()
+        used = len(os.listdir(f"/proc/{agent.pid}/fd"))
+        resource.prlimit(agent.pid, resource.RLIMIT_NOFILE, (used + 11, used + 11))
+        flood = []
+        for _ in range(40):
+            one = socket.socket(socket.AF_UNIX)
+            one.connect(str(world.socket))
+            flood.append(one)
+        client.ping()
         for one in flood:
             one.close()
     _until_signs(world)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from keyreeve_common.key_reference import KeyReference
-from keyreeve_common.telemetry import log, notify_ready
+from keyreeve_common.telemetry import log, log_warning, notify_ready
 from keyreeve_common.x509_svid import to_pem
 
 from keyreeve_client.agent.assignments import AgentState, Assignment, CurrentKeys, utc_now
@@ -29,6 +30,19 @@ from keyreeve_client.agent.state_dir import StateDir
 from keyreeve_client.agent.status import StatusWriter
 from keyreeve_client.agent.sync import Sync
 from keyreeve_client.channel import ReloadingChannel
+
+_OWN_DESCRIPTORS = 256
+
+
+def allow_connections(wanted: int) -> None:
+    """Raises the soft limit of descriptors, two for each connection, as far as the hard limit lets it."""
+    needed = 2 * wanted + _OWN_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < needed:
+        log_warning("descriptors_short", limit=soft, needed=needed, what_to_do="raise LimitNOFILE")
 
 
 def check(config: AgentConfig) -> None:
@@ -46,6 +60,7 @@ class Agent:
     async def run(self) -> None:
         """Until SIGTERM or SIGINT. Raises: KeyreeveError when it cannot start."""
         check(self.config)
+        allow_connections(self.config.sign_socket.max_connections)
         state = StateDir(self.config.state_dir)
         lock = state.lock()
         stop = asyncio.Event()

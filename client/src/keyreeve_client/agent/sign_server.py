@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections import Counter
 from collections.abc import Awaitable, Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ from keyreeve_common.telemetry import log_exception, log_warning
 
 from keyreeve_client.agent.authorisation import Selector
 from keyreeve_client.agent.config import SignSocketConfig
+from keyreeve_client.agent.counts import Counts
 from keyreeve_client.agent.workload import COSTLY_KINDS, Peer
 
 _BUSY = timedelta(milliseconds=50)
@@ -58,17 +58,6 @@ class Keys(Protocol):
 
 
 Forward = Callable[[SignFrame], Awaitable[bytes]]
-
-
-@dataclass
-class Counts:
-    """What went through the socket since the agent started."""
-
-    signed: Counter[KeyId] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
-    connections: int = 0
-    outstanding: int = 0
-    of_uid: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass
@@ -125,6 +114,7 @@ class SignConnection(asyncio.Protocol):
         self._stall: asyncio.TimerHandle | None = None
         self._paused = False
         self._learning = asyncio.Lock()
+        self._answers: list[bytes] = []
 
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
@@ -136,7 +126,7 @@ class SignConnection(asyncio.Protocol):
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
         try:
             peer = Peer(transport.get_extra_info("socket"))
-        except Unauthenticated as error:
+        except (Unauthenticated, RateLimited) as error:
             self._turn_away(error)
             return
         if (refusal := self._server.refuse_connection(peer.uid)) is not None:
@@ -203,6 +193,7 @@ class SignConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """Closes after what was written has left, or after the stall timeout."""
+        self._flush()
         self._transport.close()
         self._arm_stall()
 
@@ -254,8 +245,10 @@ class SignConnection(asyncio.Protocol):
             return
         try:
             async with asyncio.timeout(request.deadline_ms / 1000):
-                await self._attest(peer, request.key_id)
-                self._server.keys.check(request.key_id, peer.selectors())
+                selectors = peer.selectors()
+                if self._unlearnt(peer, request.key_id, selectors):
+                    selectors = await self._learn(peer, request.key_id)
+                self._server.keys.check(request.key_id, selectors)
                 signature = await self._server.forward(request)
         except TimeoutError:
             late = DeadlineExceeded(f"no signature within the {request.deadline_ms} ms that the request allowed")
@@ -271,26 +264,35 @@ class SignConnection(asyncio.Protocol):
             self._server.counts.signed[request.key_id] += 1
             self._send(SignedFrame(request.request_id, signature))
 
-    async def _attest(self, peer: Peer, key_id: KeyId) -> None:
-        if not self._unlearnt(peer, key_id):
-            return
-        async with self._learning:
-            if kinds := self._unlearnt(peer, key_id):
+    async def _learn(self, peer: Peer, key_id: KeyId) -> frozenset[Selector]:
+        async with self._learning:  # one request of this connection learns for all
+            if kinds := self._unlearnt(peer, key_id, peer.selectors()):
                 await asyncio.get_running_loop().run_in_executor(self._server.attestors, peer.learn, kinds)
+        return peer.selectors()
 
-    def _unlearnt(self, peer: Peer, key_id: KeyId) -> frozenset[str]:
-        return peer.lacks(self._server.keys.kinds_to_learn(key_id, peer.selectors(), COSTLY_KINDS))
+    def _unlearnt(self, peer: Peer, key_id: KeyId, known: Set[Selector]) -> frozenset[str]:
+        return peer.lacks(self._server.keys.kinds_to_learn(key_id, known, COSTLY_KINDS))
 
     def _refuse(self, request_id: int, error: KeyreeveError) -> None:
         self._server.counts.refused[error.code.value] += 1
         self._send(RefusedFrame(request_id, error))
 
     def _fail(self, request_id: int, error: MalformedFrame) -> None:
-        peer = self._peer
-        log_warning("sign_frame_malformed", detail=error.detail, uid=peer.uid if peer else None)
+        if (unlogged := self._server.counts.log_malformed(asyncio.get_running_loop().time())) is not None:
+            uid = self._peer.uid if self._peer else None
+            log_warning("sign_frame_malformed", detail=error.detail, uid=uid, unlogged=unlogged)
         self._refuse(request_id, error)
         self.close()
 
     def _send(self, frame: AgentFrame) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(frame.to_bytes())
+        """Answers of one turn of the loop leave in one write."""
+        if self._transport.is_closing():
+            return
+        if not self._answers:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._answers.append(frame.to_bytes())
+
+    def _flush(self) -> None:
+        if self._answers and not self._transport.is_closing():
+            self._transport.write(b"".join(self._answers))
+        self._answers.clear()

@@ -20,10 +20,11 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
-from keyreeve_common.errors import Unauthenticated
+from keyreeve_common.errors import RateLimited, Unauthenticated
 from keyreeve_common.telemetry import log_warning
 
 from keyreeve_client.agent.authorisation import Selector
@@ -36,6 +37,7 @@ _MAX_EXECUTABLE_BYTES = 1 << 30
 _HASH_CACHE_SIZE = 256
 PATH_KIND, SHA256_KIND = "unix:path", "unix:sha256"
 COSTLY_KINDS = frozenset({PATH_KIND, SHA256_KIND})
+_DESCRIPTORS_BACK = timedelta(milliseconds=250)
 _PROC = Path("/proc")
 _GONE = "the process that opened this connection is gone or out of sight; open a connection of your own"
 
@@ -104,7 +106,7 @@ _HASHES = _HashCache()
 
 
 class Peer:
-    """The process that opened a connection. `close` it with the connection. Raises: Unauthenticated when it is gone already."""
+    """The process that opened a connection. `close` it with the connection. Raises: Unauthenticated when it is gone already; RateLimited."""
 
     def __init__(self, connection: socket.socket) -> None:
         pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
@@ -112,6 +114,9 @@ class Peer:
         if self.pid == 0:  # of a PID namespace that the agent cannot see
             raise Unauthenticated(_GONE)
         self._pidfd = _peer_pidfd(connection, self.pid)
+        self._exit = select.poll()
+        if self._pidfd is not None:
+            self._exit.register(self._pidfd, select.POLLIN)
         self._start_time = start_time_of(self.pid)
         self._executable: tuple[int, int] | None = None
         self._costly: dict[str, Selector | None] = {}
@@ -130,9 +135,7 @@ class Peer:
     @property
     def alive(self) -> bool:
         if self._pidfd is not None:
-            poller = select.poll()
-            poller.register(self._pidfd, select.POLLIN)
-            return not poller.poll(0)
+            return not self._exit.poll(0)
         return self._start_time is not None and start_time_of(self.pid) == self._start_time
 
     def selectors(self) -> frozenset[Selector]:
@@ -140,6 +143,8 @@ class Peer:
         if self._costly and self._executable_identity() != self._executable:
             self._costly.clear()
         self.check_alive()
+        if not self._costly:
+            return self.cheap
         return self.cheap | {selector for selector in self._costly.values() if selector is not None}
 
     def lacks(self, kinds: Iterable[str]) -> frozenset[str]:
@@ -181,10 +186,12 @@ class Peer:
 
 
 def _peer_pidfd(connection: socket.socket, pid: int) -> int | None:
-    """None where the kernel has no pidfds at all. Raises: Unauthenticated."""
+    """None where the kernel has no pidfds at all. Raises: Unauthenticated, RateLimited."""
     try:
         return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise RateLimited("agent has no file descriptor left", retry_after=_DESCRIPTORS_BACK) from error
         if error.errno != errno.ENOPROTOOPT:
             raise Unauthenticated(_GONE) from error
     try:

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from keyreeve_client.agent.authorisation import KeyRules, Selector
 from keyreeve_client.agent.config import SignSocketConfig
+from keyreeve_client.agent.counts import Counts
 from keyreeve_client.agent.sign_listener import bind_sign_socket, remove_sign_socket
 from keyreeve_client.agent.sign_server import WRITE_HIGH_WATER, SignServer
 from keyreeve_common.errors import ConfigInvalid, ErrorCode, Unavailable
@@ -208,6 +209,12 @@ async def test_malformed_frames_are_refused_by_number_and_the_connection_is_clos
         other = await harness.connect()
         other.send(sign())
         assert await other.receive() == SignedFrame(1, b"signature")
+
+
+def test_a_flood_of_malformed_frames_does_not_fill_the_log() -> None:
+    counts = Counts()
+    said = [counts.log_malformed(now) for now in (0.0, 0.1, 0.9, 1.0, 1.5, 3.0)]
+    assert said == [0, None, None, 2, None, 1]
 
 
 async def test_a_request_id_that_is_outstanding_is_malformed(tmp_path: Path) -> None:

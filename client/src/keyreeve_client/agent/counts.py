@@ -1,0 +1,31 @@
+"""What went through the sign socket since the agent started."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from keyreeve_common.key_id import KeyId
+
+_LOG_INTERVAL_SECONDS = 1.0
+
+
+@dataclass
+class Counts:
+    """`connections` and `outstanding` are those of now, the others grow."""
+
+    signed: Counter[KeyId] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    connections: int = 0
+    outstanding: int = 0
+    of_uid: Counter[int] = field(default_factory=Counter)
+    _logged_at: float | None = None
+    _unlogged: int = 0
+
+    def log_malformed(self, now: float) -> int | None:
+        """None when a malformed frame is not to be logged, else how many were not since the last that was: no client fills the log."""
+        if self._logged_at is not None and now - self._logged_at < _LOG_INTERVAL_SECONDS:
+            self._unlogged += 1
+            return None
+        unlogged, self._unlogged, self._logged_at = self._unlogged, 0, now
+        return unlogged
