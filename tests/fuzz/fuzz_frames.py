@@ -18,7 +18,7 @@ def target(data: bytes) -> str:
             words.append(error.detail.rstrip("0123456789 ")[:40])
             continue
         again = parsed.to_bytes()[4:]
-        words.append(type(parsed).__name__)
+        words.append(f"accepted {type(parsed).__name__}")
         if isinstance(parsed, frames.SignBatch) and again != data:
             raise AssertionError("a batch has two encodings")
         if not isinstance(parsed, frames.SignBatch) and parse(again).to_bytes()[4:] != again:

@@ -16,7 +16,7 @@ def target(data: bytes) -> str:
     except MalformedFrame as error:
         words.append(error.detail[:40])
     else:
-        words.append(type(question).__name__)
+        words.append(f"accepted {type(question).__name__}")
         if question.to_bytes()[4:] != data:
             raise AssertionError("a question has two encodings")
     try:
@@ -24,7 +24,7 @@ def target(data: bytes) -> str:
     except MalformedFrame as error:
         words.append(error.detail[:40])
     else:
-        words.append(type(answer).__name__)
+        words.append(f"accepted {type(answer).__name__}")
         again = answer.to_bytes()[4:]
         if frames.parse_answer(again).to_bytes()[4:] != again:
             raise AssertionError("an answer does not come back")

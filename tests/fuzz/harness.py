@@ -162,7 +162,9 @@ def main(target: Target, name: str, *, mutator: Mutator = mutate) -> int:
         traceback.print_exc()
         return 1
     sys.stdout.write(f"{name}: {outcomes.total()} inputs, {len(outcomes)} outcomes, seed {arguments.seed}\n")
-    for word, count in outcomes.most_common(40):
+    accepted = sum(count for word, count in outcomes.items() if "accepted" in word)
+    sys.stdout.write(f"  {accepted:>9} of them accepted\n")
+    for word, count in outcomes.most_common(20):
         sys.stdout.write(f"  {count:>9} {word}\n")
     return 0
 
