@@ -18,7 +18,7 @@ from typing import Any
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 from keyreeve_common.errors import InvalidRequest, KeyreeveError, KeyTypeNotSupported
-from keyreeve_common.identity import TrustDomain
+from keyreeve_common.identity import MAX_ID_BYTES, TrustDomain
 from keyreeve_common.key_id import KeyId, parse_key_id
 from keyreeve_common.purposes import PURPOSES_OF_ROLE, KeyRole, Purpose, parse_purpose
 from keyreeve_common.schemes import KeyType, key_type_of
@@ -26,7 +26,7 @@ from keyreeve_common.schemes import KeyType, key_type_of
 from keyreeve_keyserver.domain.der import DerError, check_name
 
 RECORD_VERSION = 1
-MAX_LABEL_BYTES = 256
+MAX_LABEL_BYTES = MAX_ID_BYTES  # a label is most often the SPIFFE ID that the key was made for (ID-16)
 MAX_NAME_BYTES = 64
 MAX_SUBJECT_BYTES = 4_096
 MAX_PATH_LENGTH = 16
