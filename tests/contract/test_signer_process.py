@@ -400,7 +400,17 @@ class TestToken:
         sealing = 'token_backend = "hsm"\ntoken_key_label = "keyreeve-kek"'
         config = write_signer_config(tmp_path / "etc", token=token, sealing=sealing)
         with running_signer(config, log=log) as signer:
-            software, hsm = create(signer, "soft"), create(signer, "hard", backend="hsm")
+            members = {"key_type": "ec-p256", "role": "handshake", "purposes": ["tls13_server_verify"]}
+            wanted = [("soft", "software"), ("hard", "hsm"), *((f"more-{n}", "software") for n in range(10))]
+            for number, (key_id, backend) in enumerate(wanted):
+                arguments = {**members, "key_id": key_id, "backend": backend}
+                signer.connection.sendall(frames.Control(number, "create_key", arguments).to_bytes())
+            made: dict[int, dict[str, Any]] = {}
+            while len(made) < len(wanted):
+                done = signer.read_answer()
+                assert isinstance(done, frames.ControlOk), done
+                made[done.request_id] = done.answer
+            software, hsm = made[0], made[1]
         with running_signer(config, log=log) as signer:
             for answer, key_id in ((software, "soft"), (hsm, "hard")):
                 signer.control("load_key", record=answer["record"])

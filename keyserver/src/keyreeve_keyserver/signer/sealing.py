@@ -7,6 +7,7 @@ Spec: NIST SP 800-38D 8.2.2; RFC 7914 (scrypt).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
@@ -97,16 +98,18 @@ class PassphraseKey:
 
 
 class TokenKey:
-    """A key-encryption key that never leaves a PKCS#11 token."""
+    """A key-encryption key that never leaves a PKCS#11 token. One at a time encrypts, so that two workers never both make the key."""
 
     def __init__(self, backend: Pkcs11Backend, label: str) -> None:
         self._backend = backend
         self._label = label
+        self._encrypting = asyncio.Lock()
 
     async def encrypt(self, nonce: bytes, associated: bytes, data: bytes) -> bytes:
-        return await self._backend.box(
-            Box(decrypt=False, label=self._label, nonce=nonce, associated=associated, data=data)
-        )
+        async with self._encrypting:
+            return await self._backend.box(
+                Box(decrypt=False, label=self._label, nonce=nonce, associated=associated, data=data)
+            )
 
     async def decrypt(self, nonce: bytes, associated: bytes, box: bytes) -> bytes:
         return await self._backend.box(
