@@ -30,6 +30,7 @@ from keyreeve_keyserver.frontend.access import Access
 from keyreeve_keyserver.frontend.engine import SigningEngine
 
 _MAX_SCHEME = 0xFFFF
+_MAX_REFUSAL_LINES = 16
 _PURPOSES = frozenset(int(purpose) for purpose in Purpose if purpose is not Purpose.UNSPECIFIED)
 _DRAIN_RETRY = timedelta(milliseconds=100)
 _Request = keyserver_pb2.SignItem | keyserver_pb2.SignRequest
@@ -246,22 +247,25 @@ def _to_proto(result: SignResult) -> keyserver_pb2.SignResult:
 
 
 def log_refusals(peer: Peer, refusals: Sequence[tuple[str, int, KeyreeveError]]) -> None:
-    """One line for each (key, purpose, code) of a batch, with how many there were; never a message."""
+    """One line for each (key, purpose, code) of a batch, at most 16, with how many there were; never a message."""
     seen: dict[tuple[str, int, str], tuple[int, str]] = {}
     for key_id, purpose, error in refusals:
         kind = (key_id[:64], purpose, error.code.value)
         seen[kind] = (seen.get(kind, (0, ""))[0] + 1, error.detail)
-    for (key_id, purpose, code), (count, detail) in seen.items():
+    for (key_id, purpose, code), (count, detail) in list(seen.items())[:_MAX_REFUSAL_LINES]:
+        shown = Purpose(purpose).label if purpose in _PURPOSES else str(purpose)
         log_warning(
-            "sign_refused", caller=peer.name, key_id=key_id, purpose=purpose, code=code, detail=detail, count=count
+            "sign_refused", caller=peer.name, key_id=key_id, purpose=shown, code=code, detail=detail, count=count
         )
+    if len(seen) > _MAX_REFUSAL_LINES:
+        log_warning("sign_refused_more", caller=peer.name, kinds=len(seen) - _MAX_REFUSAL_LINES)
 
 
 def log_local(peer: Peer, items: Sequence[SignItem]) -> None:
     """Signatures asked for through the admin socket are rare and each is on record."""
     if peer.local:
         for item in items:
-            log("local_signature", key_id=item.key_id, purpose=item.purpose, scheme=item.scheme)
+            log("local_signature", key_id=item.key_id, purpose=Purpose(item.purpose).label, scheme=item.scheme)
 
 
 def _draining() -> Unavailable:
