@@ -247,6 +247,7 @@ class World:
     processes: list[ManagedProcess] = field(default_factory=list)
     socket_options: str = ""
     extra: str = ""
+    more_key_servers: list[FakeKeyServer] = field(default_factory=list)
 
     @property
     def socket(self) -> Path:
@@ -259,6 +260,13 @@ class World:
     @property
     def token_file(self) -> Path:
         return self.directory / "join-token"
+
+    def add_key_server(self) -> FakeKeyServer:
+        """Another replica with the same keys."""
+        replica = FakeKeyServer(self.pki, self.key_server.threads, self.key_server.keys)
+        replica.start()
+        self.more_key_servers.append(replica)
+        return replica
 
     def write_token(self, token: str = TOKEN) -> None:
         self.token_file.touch(mode=0o600)
@@ -278,7 +286,7 @@ address = "127.0.0.1:{self.ca.port}"
 attest_address = "127.0.0.1:{self.ca.attest_port}"
 
 [key_server]
-addresses = ["127.0.0.1:{self.key_server.port}"]
+addresses = {json.dumps([f"127.0.0.1:{server.port}" for server in (self.key_server, *self.more_key_servers)])}
 
 [sign_socket]
 path = "{self.socket}"
@@ -376,6 +384,8 @@ def world(tmp_path: Path, pki: TestPki) -> Iterator[World]:
     finally:
         for process in world.processes:
             process.close()
+        for server in world.more_key_servers:
+            server.stop()
         world.key_server.release()
         world.key_server.stop()
         world.ca.stop()

@@ -261,3 +261,15 @@ def test_a_drain_answers_what_is_outstanding(world: Any) -> None:
     asking.join(10)
     assert len(answers) == 1
     assert agent.wait() == 0
+
+
+def test_another_key_server_takes_over_without_a_failed_request(world: Any) -> None:
+    replica = world.add_key_server()
+    world.ca.push(world.assignment())
+    world.start()
+    assert world.sign()
+    assert (world.key_server.signed["key-web"], replica.signed["key-web"]) == (1, 0)
+    world.key_server.stop()
+    for _ in range(5):
+        assert world.sign()
+    assert replica.signed["key-web"] == 5
