@@ -11,8 +11,6 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import ClassVar
 
-import grpc
-
 MAX_DETAIL_BYTES = 1024
 
 
@@ -56,48 +54,50 @@ class ErrorCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """How one code looks at the edges. `wire` is its number in frames and never changes."""
+    """How one code looks at the edges. `wire` is its number in frames and never changes; `grpc` is the name of the status.
+
+    A name and not the status itself, so that processes without a network load no network library for their errors.
+    """
 
     wire: int
-    grpc: grpc.StatusCode
+    grpc: str
     http: int
 
 
-_S = grpc.StatusCode
 RENDERINGS: dict[ErrorCode, Rendering] = {
-    ErrorCode.INVALID_REQUEST: Rendering(1, _S.INVALID_ARGUMENT, 400),
-    ErrorCode.UNAUTHENTICATED: Rendering(2, _S.UNAUTHENTICATED, 401),
-    ErrorCode.PERMISSION_DENIED: Rendering(3, _S.PERMISSION_DENIED, 403),
-    ErrorCode.NOT_FOUND: Rendering(4, _S.NOT_FOUND, 404),
-    ErrorCode.CONFLICT: Rendering(5, _S.ALREADY_EXISTS, 409),
-    ErrorCode.FAILED_PRECONDITION: Rendering(6, _S.FAILED_PRECONDITION, 409),
-    ErrorCode.RATE_LIMITED: Rendering(7, _S.RESOURCE_EXHAUSTED, 429),
-    ErrorCode.UNAVAILABLE: Rendering(8, _S.UNAVAILABLE, 503),
-    ErrorCode.INTERNAL: Rendering(9, _S.INTERNAL, 500),
-    ErrorCode.DEADLINE_EXCEEDED: Rendering(10, _S.DEADLINE_EXCEEDED, 504),
-    ErrorCode.PURPOSE_MISMATCH: Rendering(16, _S.INVALID_ARGUMENT, 400),
-    ErrorCode.PURPOSE_NOT_PERMITTED: Rendering(17, _S.PERMISSION_DENIED, 403),
-    ErrorCode.SCHEME_NOT_SUPPORTED: Rendering(18, _S.INVALID_ARGUMENT, 400),
-    ErrorCode.MESSAGE_TOO_LARGE: Rendering(19, _S.INVALID_ARGUMENT, 413),
-    ErrorCode.KEY_NOT_FOUND: Rendering(20, _S.NOT_FOUND, 404),
-    ErrorCode.SVID_EXPIRED: Rendering(21, _S.UNAUTHENTICATED, 401),
-    ErrorCode.FOREIGN_TRUST_DOMAIN: Rendering(22, _S.UNAUTHENTICATED, 401),
-    ErrorCode.ATTESTATION_FAILED: Rendering(23, _S.PERMISSION_DENIED, 403),
-    ErrorCode.TOKEN_UNAVAILABLE: Rendering(24, _S.UNAVAILABLE, 503),
-    ErrorCode.TOKEN_PIN_INCORRECT: Rendering(25, _S.FAILED_PRECONDITION, 503),
-    ErrorCode.STORAGE_FULL: Rendering(26, _S.UNAVAILABLE, 507),
-    ErrorCode.STORAGE_BUSY: Rendering(27, _S.UNAVAILABLE, 503),
-    ErrorCode.MALFORMED_FRAME: Rendering(28, _S.INVALID_ARGUMENT, 400),
-    ErrorCode.CONFIG_INVALID: Rendering(29, _S.FAILED_PRECONDITION, 500),
-    ErrorCode.KEY_REFERENCE_INVALID: Rendering(30, _S.INVALID_ARGUMENT, 400),
-    ErrorCode.KEY_TYPE_NOT_SUPPORTED: Rendering(31, _S.INVALID_ARGUMENT, 400),
-    ErrorCode.PROFILE_VIOLATION: Rendering(32, _S.PERMISSION_DENIED, 403),
-    ErrorCode.KEY_DISABLED: Rendering(33, _S.FAILED_PRECONDITION, 409),
-    ErrorCode.JOIN_TOKEN_INVALID: Rendering(34, _S.UNAUTHENTICATED, 401),
-    ErrorCode.AGENT_BANNED: Rendering(35, _S.PERMISSION_DENIED, 403),
-    ErrorCode.SPIFFE_ID_INVALID: Rendering(36, _S.INVALID_ARGUMENT, 400),
-    ErrorCode.SVID_INVALID: Rendering(37, _S.UNAUTHENTICATED, 401),
-    ErrorCode.SEALED_RECORD_INVALID: Rendering(38, _S.FAILED_PRECONDITION, 500),
+    ErrorCode.INVALID_REQUEST: Rendering(1, "INVALID_ARGUMENT", 400),
+    ErrorCode.UNAUTHENTICATED: Rendering(2, "UNAUTHENTICATED", 401),
+    ErrorCode.PERMISSION_DENIED: Rendering(3, "PERMISSION_DENIED", 403),
+    ErrorCode.NOT_FOUND: Rendering(4, "NOT_FOUND", 404),
+    ErrorCode.CONFLICT: Rendering(5, "ALREADY_EXISTS", 409),
+    ErrorCode.FAILED_PRECONDITION: Rendering(6, "FAILED_PRECONDITION", 409),
+    ErrorCode.RATE_LIMITED: Rendering(7, "RESOURCE_EXHAUSTED", 429),
+    ErrorCode.UNAVAILABLE: Rendering(8, "UNAVAILABLE", 503),
+    ErrorCode.INTERNAL: Rendering(9, "INTERNAL", 500),
+    ErrorCode.DEADLINE_EXCEEDED: Rendering(10, "DEADLINE_EXCEEDED", 504),
+    ErrorCode.PURPOSE_MISMATCH: Rendering(16, "INVALID_ARGUMENT", 400),
+    ErrorCode.PURPOSE_NOT_PERMITTED: Rendering(17, "PERMISSION_DENIED", 403),
+    ErrorCode.SCHEME_NOT_SUPPORTED: Rendering(18, "INVALID_ARGUMENT", 400),
+    ErrorCode.MESSAGE_TOO_LARGE: Rendering(19, "INVALID_ARGUMENT", 413),
+    ErrorCode.KEY_NOT_FOUND: Rendering(20, "NOT_FOUND", 404),
+    ErrorCode.SVID_EXPIRED: Rendering(21, "UNAUTHENTICATED", 401),
+    ErrorCode.FOREIGN_TRUST_DOMAIN: Rendering(22, "UNAUTHENTICATED", 401),
+    ErrorCode.ATTESTATION_FAILED: Rendering(23, "PERMISSION_DENIED", 403),
+    ErrorCode.TOKEN_UNAVAILABLE: Rendering(24, "UNAVAILABLE", 503),
+    ErrorCode.TOKEN_PIN_INCORRECT: Rendering(25, "FAILED_PRECONDITION", 503),
+    ErrorCode.STORAGE_FULL: Rendering(26, "UNAVAILABLE", 507),
+    ErrorCode.STORAGE_BUSY: Rendering(27, "UNAVAILABLE", 503),
+    ErrorCode.MALFORMED_FRAME: Rendering(28, "INVALID_ARGUMENT", 400),
+    ErrorCode.CONFIG_INVALID: Rendering(29, "FAILED_PRECONDITION", 500),
+    ErrorCode.KEY_REFERENCE_INVALID: Rendering(30, "INVALID_ARGUMENT", 400),
+    ErrorCode.KEY_TYPE_NOT_SUPPORTED: Rendering(31, "INVALID_ARGUMENT", 400),
+    ErrorCode.PROFILE_VIOLATION: Rendering(32, "PERMISSION_DENIED", 403),
+    ErrorCode.KEY_DISABLED: Rendering(33, "FAILED_PRECONDITION", 409),
+    ErrorCode.JOIN_TOKEN_INVALID: Rendering(34, "UNAUTHENTICATED", 401),
+    ErrorCode.AGENT_BANNED: Rendering(35, "PERMISSION_DENIED", 403),
+    ErrorCode.SPIFFE_ID_INVALID: Rendering(36, "INVALID_ARGUMENT", 400),
+    ErrorCode.SVID_INVALID: Rendering(37, "UNAUTHENTICATED", 401),
+    ErrorCode.SEALED_RECORD_INVALID: Rendering(38, "FAILED_PRECONDITION", 500),
 }
 CODE_BY_WIRE: dict[int, ErrorCode] = {rendering.wire: code for code, rendering in RENDERINGS.items()}
 

@@ -183,7 +183,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         trailers = [(ERROR_CODE_TRAILER, shown.code.value)]
         if shown.retry_after is not None:
             trailers.append((RETRY_AFTER_TRAILER, str(_milliseconds(shown.retry_after))))
-        await context.abort(shown.rendering.grpc, shown.detail, tuple(trailers))
+        await context.abort(grpc.StatusCode[shown.rendering.grpc], shown.detail, tuple(trailers))
         raise AssertionError("abort returned")
 
 
