@@ -1,0 +1,74 @@
+"""What the CA keeps records of beside entries and authorities: agents, managed keys, issued SVIDs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from hashlib import sha256
+
+from keyreeve_common.identity import SpiffeId
+
+from keyreeve_ca.domain.entries import KeyOwner
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """A node that attested. Its SVIDs with one of `serials` may act for it: the newest, and the one it was renewed from."""
+
+    spiffe_id: SpiffeId
+    attestation_type: str
+    serials: tuple[str, ...]
+    svid_not_after: datetime
+    attested_at: datetime
+    last_seen_at: datetime
+    banned: bool = False
+    evicted: bool = False
+    agent_version: str = ""
+
+    @property
+    def may_act(self) -> bool:
+        return not self.banned and not self.evicted
+
+
+@dataclass(frozen=True, slots=True)
+class ManagedKey:
+    """The key of one owner in the key cluster. `disabled` says that the CA disabled it, when its last entry went."""
+
+    owner: KeyOwner
+    generation: int
+    key_id: str
+    spki_der: bytes
+    fingerprint: str
+    disabled: bool = False
+
+
+class SvidState(StrEnum):
+    INTENDED = "intended"  # recorded; not signed, or the signature never came
+    ISSUED = "issued"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class SvidRecord:
+    """One line of the inventory. `subject` groups the SVIDs that follow one another; `wanted` is a digest of what was ordered."""
+
+    serial: str
+    spiffe_id: SpiffeId
+    subject: str
+    authority_id: str
+    state: SvidState
+    not_before: datetime
+    not_after: datetime
+    created_at: datetime
+    entry_id: str = ""
+    key_id: str = ""
+    wanted: str = ""
+    chain_der: tuple[bytes, ...] = ()
+    failure: str = ""
+    current: bool = False
+
+
+def digest_of(*parts: object) -> str:
+    """A short digest of what was ordered, to see whether an order changed."""
+    return sha256("\n".join(map(str, parts)).encode()).hexdigest()

@@ -1,0 +1,171 @@
+"""What the CA needs from outside: a store, a key cluster, a source of entropy. Ports promise KeyreeveError and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Protocol
+
+from keyreeve_client.key_admin import ClusterKey, Grant, KeyServerHealth, KeySpec
+from keyreeve_common.bundle import Bundle
+from keyreeve_common.identity import SpiffeId, TrustDomain
+from keyreeve_common.purposes import Purpose
+
+from keyreeve_ca.domain.attestation import JoinToken
+from keyreeve_ca.domain.authority import Authority
+from keyreeve_ca.domain.entries import Entry, KeyOwner
+from keyreeve_ca.domain.grants import NodeGrant
+from keyreeve_ca.domain.records import Agent, ManagedKey, SvidRecord
+
+
+class KeyCluster(Protocol):
+    """The key cluster as the CA sees it. Calls block; each is tried on every replica before Unavailable."""
+
+    def create_key(self, spec: KeySpec) -> ClusterKey: ...
+
+    def get_key(self, key_id: str) -> ClusterKey: ...
+
+    def disable_key(self, key_id: str) -> None: ...
+
+    def enable_key(self, key_id: str) -> None: ...
+
+    def create_grant(
+        self, key_id: str, holder: SpiffeId, *, purposes: frozenset[Purpose], expires_at: datetime | None
+    ) -> Grant: ...
+
+    def extend_grant(self, key_id: str, holder: SpiffeId, *, expires_at: datetime) -> Grant:
+        """Raises: FailedPrecondition or NotFound when it was revoked."""
+        ...
+
+    def revoke_grant(self, key_id: str, holder: SpiffeId) -> Grant: ...
+
+    def list_grants(self, *, key_id: str = "", holder: SpiffeId | None = None) -> list[Grant]: ...
+
+    def private_key(self, key_id: str, spki_der: bytes) -> Any:
+        """A key object for cryptography's builders whose signatures have the purpose x509_certificate."""
+        ...
+
+    def replicas(self) -> Sequence[KeyServerIdentity]: ...
+
+
+class KeyServerIdentity(Protocol):
+    """The own SVID of one key server."""
+
+    @property
+    def name(self) -> str: ...
+
+    def check_health(self) -> KeyServerHealth: ...
+
+    def get_csr(self, spiffe_id: SpiffeId) -> bytes: ...
+
+    def install_svid(self, chain_der: Sequence[bytes], bundle: Bundle) -> datetime: ...
+
+
+class Store(Protocol):
+    """Durable records. Every method is one transaction; changes that nodes must see move the change sequence in the same one.
+
+    Raises: StorageBusy, StorageFull, Unavailable from any method.
+    """
+
+    def claim_trust_domain(self, trust_domain: TrustDomain) -> None:
+        """Raises: Conflict when the store belongs to another trust domain."""
+        ...
+
+    def change_sequence(self) -> int: ...
+
+    def bump_change_sequence(self) -> int: ...
+
+    def create_entry(self, entry: Entry) -> None:
+        """Raises: Conflict for a duplicate."""
+        ...
+
+    def get_entry(self, entry_id: str) -> Entry:
+        """Raises: NotFound."""
+        ...
+
+    def list_entries(
+        self,
+        *,
+        spiffe_id: SpiffeId | None = None,
+        parent_id: SpiffeId | None = None,
+        limit: int = 1000,
+        after: str = "",
+    ) -> list[Entry]: ...
+
+    def update_entry(self, entry: Entry, *, read_revision: int) -> Entry:
+        """Stores it with the next revision. Raises: NotFound; Conflict for a stale revision or a duplicate."""
+        ...
+
+    def delete_entry(self, entry_id: str) -> Entry:
+        """Also marks the grants that no other entry needs as withdrawing. Raises: NotFound."""
+        ...
+
+    def add_join_token(self, token: JoinToken) -> None: ...
+
+    def take_join_token(self, token_hash: bytes, now: datetime) -> JoinToken:
+        """Proves that exactly one row went away. Raises: JoinTokenInvalid."""
+        ...
+
+    def prune_join_tokens(self, now: datetime) -> int: ...
+
+    def save_agent(self, agent: Agent) -> None: ...
+
+    def get_agent(self, spiffe_id: SpiffeId) -> Agent:
+        """Raises: NotFound."""
+        ...
+
+    def list_agents(self, *, limit: int = 1000, after: str = "") -> list[Agent]: ...
+
+    def touch_agent(self, spiffe_id: SpiffeId, *, seen_at: datetime, version: str) -> None: ...
+
+    def set_agent_standing(self, spiffe_id: SpiffeId, *, banned: bool | None, evicted: bool) -> Agent:
+        """Also marks its grants as withdrawing when it may no longer act. Raises: NotFound."""
+        ...
+
+    def list_authorities(self) -> list[Authority]: ...
+
+    def save_authorities(self, authorities: Sequence[Authority], *, expected: Sequence[Authority]) -> None:
+        """Replaces states and adds new ones. Raises: Conflict when the stored ones are not `expected` any more."""
+        ...
+
+    def bundle_sequence(self) -> int: ...
+
+    def get_managed_key(self, owner: KeyOwner) -> ManagedKey | None: ...
+
+    def save_managed_key(self, key: ManagedKey) -> None: ...
+
+    def list_managed_keys(self, *, unused: bool = False) -> list[ManagedKey]:
+        """All, or those that no entry needs any more and that are not disabled yet."""
+        ...
+
+    def get_node_grant(self, owner: KeyOwner, agent: SpiffeId) -> NodeGrant | None: ...
+
+    def save_node_grant(self, grant: NodeGrant) -> None: ...
+
+    def withdrawing_grants(self) -> list[NodeGrant]: ...
+
+    def record_intent(self, record: SvidRecord) -> None:
+        """Raises: Conflict when the serial was used before."""
+        ...
+
+    def record_issued(self, serial: str, chain_der: Sequence[bytes]) -> SvidRecord:
+        """Makes it the current one of its subject."""
+        ...
+
+    def record_failed(self, serial: str, failure: str) -> None: ...
+
+    def current_svid(self, subject: str) -> SvidRecord | None: ...
+
+    def list_svids(
+        self,
+        *,
+        spiffe_id: SpiffeId | None = None,
+        serial: str = "",
+        current_only: bool = False,
+        limit: int = 1000,
+        after: str = "",
+    ) -> list[SvidRecord]: ...
+
+
+class Entropy(Protocol):
+    def __call__(self, count: int) -> bytes: ...
