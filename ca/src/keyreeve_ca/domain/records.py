@@ -31,16 +31,22 @@ class Agent:
         return not self.banned and not self.evicted
 
 
+class KeyUse(StrEnum):
+    IN_USE = "in_use"
+    RETIRED = "retired"  # the CA disabled it when its last entry went; a new entry enables it
+    STOPPED = "stopped"  # an operator had disabled or destroyed it before: only an operator enables it
+
+
 @dataclass(frozen=True, slots=True)
 class ManagedKey:
-    """The key of one owner in the key cluster. `disabled` says that the CA disabled it, when its last entry went."""
+    """The key of one owner in the key cluster."""
 
     owner: KeyOwner
     generation: int
     key_id: str
     spki_der: bytes
     fingerprint: str
-    disabled: bool = False
+    use: KeyUse = KeyUse.IN_USE
 
 
 class SvidState(StrEnum):

@@ -199,3 +199,30 @@ def check_svid(certificate: x509.Certificate, context: LintContext) -> None:
     broken = lint_svid(certificate, context)
     if broken:
         raise ProfileViolation(f"lint before issuance: {', '.join(broken)}")
+
+
+def check_authority(
+    certificate: x509.Certificate, *, trust_domain: TrustDomain, issuer: x509.Certificate | None, now: datetime
+) -> None:
+    """The lint of CA certificates. Raises: ProfileViolation, which names the rules. Spec: X5-06, X5-08, X5-11; ID-20, ID-21."""
+    extensions = certificate.extensions
+    constraints = extensions.get_extension_for_class(x509.BasicConstraints)
+    usage = extensions.get_extension_for_class(x509.KeyUsage)
+    names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    end = certificate.not_valid_after_utc
+    rules = {
+        "x5_08_ca_true": constraints.value.ca and constraints.critical,
+        "path_length_is_bounded": constraints.value.path_length == (0 if issuer else 1),
+        "x5_11_cert_sign": usage.critical and usage.value.key_cert_sign and not usage.value.digital_signature,
+        "id_20_uri_is_the_trust_domain": list(names) == [x509.UniformResourceIdentifier(str(trust_domain.id))],
+        "subject_is_not_empty": bool(list(certificate.subject)),
+        "issuer_is_the_root": certificate.issuer == (issuer.subject if issuer else certificate.subject),
+        "validity_is_forward": now < end and certificate.not_valid_before_utc < end,
+        "not_after_within_authority": issuer is None or end <= issuer.not_valid_after_utc,
+        "key_is_not_the_issuers": issuer is None
+        or spki_hash(certificate.public_key()) != spki_hash(issuer.public_key()),
+        "ski_is_there": bool(extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest),
+    }
+    broken = [name for name, holds in rules.items() if not holds]
+    if broken:
+        raise ProfileViolation(f"lint before issuance: {', '.join(broken)}")

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, delete, exists, select, update
 
 from keyreeve_ca.domain.entries import Entry, KeyOwner
 from keyreeve_ca.domain.grants import GrantState, NodeGrant
-from keyreeve_ca.domain.records import ManagedKey
+from keyreeve_ca.domain.records import KeyUse, ManagedKey
 from keyreeve_ca.store import schema
 from keyreeve_ca.store.engine import read_transaction, write_transaction
 from keyreeve_ca.store.rows import (
@@ -101,7 +101,7 @@ class EntryRecords(Part):
     def list_managed_keys(self, *, unused: bool = False) -> list[ManagedKey]:
         query = select(schema.managed_keys).order_by(_K.owner)
         if unused:
-            query = query.where(_K.disabled.is_(False), ~exists().where(_E.owner == _K.owner))
+            query = query.where(_K.use == KeyUse.IN_USE.value, ~exists().where(_E.owner == _K.owner))
         with read_transaction(self.engine) as connection:
             return [key_from_row(row) for row in connection.execute(query).mappings()]
 

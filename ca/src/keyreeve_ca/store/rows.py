@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Engine, RowMapping, select, update
 from keyreeve_ca.domain.authority import Authority, AuthorityState
 from keyreeve_ca.domain.entries import Custody, Delegate, Entry, KeyOwner, KeyScope, Selector
 from keyreeve_ca.domain.grants import GrantState, NodeGrant
-from keyreeve_ca.domain.records import Agent, ManagedKey, SvidRecord, SvidState
+from keyreeve_ca.domain.records import Agent, KeyUse, ManagedKey, SvidRecord, SvidState
 from keyreeve_ca.store import schema
 
 Row: TypeAlias = RowMapping | Mapping[str, Any]
@@ -166,7 +166,7 @@ def key_to_row(key: ManagedKey) -> dict[str, Any]:
         "key_id": key.key_id,
         "spki_der": key.spki_der,
         "fingerprint": key.fingerprint,
-        "disabled": key.disabled,
+        "use": key.use.value,
     }
 
 
@@ -181,7 +181,7 @@ def key_from_row(row: Row) -> ManagedKey:
         key_id=row["key_id"],
         spki_der=bytes(row["spki_der"]),
         fingerprint=row["fingerprint"],
-        disabled=row["disabled"],
+        use=KeyUse(row["use"]),
     )
 
 

@@ -118,7 +118,7 @@ managed_keys = Table(
     Column("key_id", String(64), nullable=False),
     Column("spki_der", LargeBinary, nullable=False),
     Column("fingerprint", _HASH, nullable=False),
-    Column("disabled", Boolean, nullable=False),
+    Column("use", String(16), nullable=False),
 )
 node_grants = Table(
     "node_grants",

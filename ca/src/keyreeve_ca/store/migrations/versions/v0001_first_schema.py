@@ -75,7 +75,7 @@ def upgrade() -> None:
     sa.Column('key_id', sa.String(length=64), nullable=False),
     sa.Column('spki_der', sa.LargeBinary(), nullable=False),
     sa.Column('fingerprint', sa.String(length=64), nullable=False),
-    sa.Column('disabled', sa.Boolean(), nullable=False),
+    sa.Column('use', sa.String(length=16), nullable=False),
     sa.PrimaryKeyConstraint('owner', name=op.f('pk_managed_keys'))
     )
     op.create_table('settings',

@@ -1,0 +1,294 @@
+"""What one agent may serve: for each of its entries a key, an SVID and a grant, made, renewed and withdrawn here.
+
+Each entry stands for itself: what fails for one is reported with it and the others go on. Everything here can be repeated: keys by request
+id, grants by what the key cluster says of them (`domain.grants`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import cast
+
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+from keyreeve_client.key_admin import Grant, KeySpec, KeyState
+from keyreeve_common.errors import (
+    FailedPrecondition,
+    KeyDisabled,
+    KeyreeveError,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+)
+from keyreeve_common.identity import SpiffeId
+from keyreeve_common.purposes import KeyRole
+from keyreeve_common.telemetry import log, log_warning
+
+from keyreeve_ca.domain.entries import Entry, KeyOwner
+from keyreeve_ca.domain.grants import (
+    EXPIRY_MARGIN,
+    GrantAction,
+    GrantState,
+    NodeGrant,
+    decide,
+    decide_withdrawal,
+)
+from keyreeve_ca.domain.records import KeyUse, ManagedKey, SvidRecord, digest_of
+from keyreeve_ca.service import Ca, SvidOrder, issue_x509_svid
+
+_ALL = 1_000_000
+_Seen = dict[str, Grant]
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One entry with what the agent needs to serve it, or why it cannot be served."""
+
+    entry: Entry
+    key: ManagedKey | None = None
+    svid: SvidRecord | None = None
+    error: KeyreeveError | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.error is None
+
+
+def sync_agent(ca: Ca, agent: SpiffeId) -> list[Assignment]:
+    """All assignments of this agent, after doing what is missing. Raises: storage errors only."""
+    with ca.locks(agent):
+        now = ca.clock()
+        entries = [each for each in ca.store.list_entries(parent_id=agent, limit=_ALL) if not each.is_expired(now)]
+        if not entries:
+            return []
+        seen = _grants_of(ca, agent)
+        return [_assign(ca, entry, seen) for entry in entries]
+
+
+def _grants_of(ca: Ca, agent: SpiffeId) -> _Seen | KeyreeveError:
+    try:
+        return {grant.key_id: grant for grant in ca.cluster.list_grants(holder=agent)}
+    except KeyreeveError as error:
+        return error
+
+
+def _assign(ca: Ca, entry: Entry, seen: _Seen | KeyreeveError) -> Assignment:
+    try:
+        if isinstance(seen, KeyreeveError):
+            raise seen
+        key, svid = ensure_svid(ca, entry)
+        _ensure_grant(ca, entry, key, svid, seen)
+    except KeyreeveError as error:
+        kept = _still_good(ca, entry) if isinstance(error, Unavailable) else None
+        if kept is not None:
+            return kept
+        log_warning("assignment_failed", entry_id=entry.entry_id, code=error.code.value, detail=error.detail)
+        return Assignment(entry, error=error)
+    return Assignment(entry, key, svid)
+
+
+def _still_good(ca: Ca, entry: Entry) -> Assignment | None:
+    """While the key cluster is away: what was assigned before and has not expired."""
+    now = ca.clock()
+    key = ca.store.get_managed_key(entry.owner)
+    svid = ca.store.current_svid(entry.owner.digest)
+    grant = ca.store.get_node_grant(entry.owner, entry.parent_id)
+    if (
+        key is None
+        or key.use is not KeyUse.IN_USE
+        or svid is None
+        or svid.not_after <= now
+        or svid.key_id != key.key_id
+    ):
+        return None
+    if (
+        grant is None
+        or grant.state is not GrantState.LIVE
+        or (grant.expires_at is not None and grant.expires_at <= now)
+    ):
+        return None
+    return Assignment(entry, key, svid)
+
+
+def ensure_svid(ca: Ca, entry: Entry, *, renew: bool = False) -> tuple[ManagedKey, SvidRecord]:
+    """The key of the entry's owner and its current SVID, issued anew at half life, when the order changed, or when `renew`."""
+    with ca.locks(entry.owner.digest):
+        key = _ensure_key(ca, entry)
+        now = ca.clock()
+        current = ca.store.current_svid(entry.owner.digest)
+        dns_names, ttl = _order_of(ca, entry.owner)
+        wanted = digest_of(key.key_id, ttl, *dns_names)
+        valid = current is not None and current.key_id == key.key_id and now < current.not_after
+        if current is not None and valid and current.wanted == wanted and now < renew_at(current) and not renew:
+            return key, current
+        order = SvidOrder(
+            profile=ca.policy.workload,
+            spiffe_id=entry.spiffe_id,
+            public_key=cast("CertificatePublicKeyTypes", load_der_public_key(key.spki_der)),
+            subject=entry.owner.digest,
+            dns_names=dns_names,
+            ttl=ttl,
+            entry_id=entry.entry_id,
+            key_id=key.key_id,
+            wanted=wanted,
+        )
+        fresh = issue_x509_svid(ca, order)
+        ca.store.bump_change_sequence()
+        return key, fresh
+
+
+def renew_at(record: SvidRecord) -> datetime:
+    """Half life, give or take a twentieth by the serial, so that a fleet does not renew as one."""
+    jitter = (int(record.serial[-4:], 16) / 0xFFFF - 0.5) / 10
+    return record.not_before + (record.not_after - record.not_before) * (0.5 + jitter)
+
+
+def _order_of(ca: Ca, owner: KeyOwner) -> tuple[tuple[str, ...], timedelta]:
+    """Entries that share a key share a certificate: all their DNS names, the shortest of their lives."""
+    now = ca.clock()
+    sharing = [
+        each
+        for each in ca.store.list_entries(spiffe_id=owner.spiffe_id, limit=_ALL)
+        if each.owner == owner and not each.is_expired(now)
+    ]
+    names = dict.fromkeys(name for each in sharing for name in each.dns_names)
+    lives = [each.x509_svid_ttl or ca.policy.workload.ttl for each in sharing]
+    return tuple(sorted(names)), min(lives, default=ca.policy.workload.ttl)
+
+
+def _ensure_key(ca: Ca, entry: Entry) -> ManagedKey:
+    owner = entry.owner
+    known = ca.store.get_managed_key(owner)
+    fingerprint = digest_of(entry.key_type, entry.key_backend, *sorted(entry.purposes))
+    if known is not None and known.fingerprint == fingerprint:
+        if known.use is KeyUse.IN_USE:
+            return known
+        if known.use is KeyUse.RETIRED:
+            ca.cluster.enable_key(known.key_id)
+        if ca.cluster.get_key(known.key_id).state is KeyState.DISABLED:
+            raise KeyDisabled("an operator disabled this identity's key; `keyreeve key enable` brings it back")
+        if ca.cluster.get_key(known.key_id).state is KeyState.ENABLED:
+            known = replace(known, use=KeyUse.IN_USE)
+            ca.store.save_managed_key(known)
+            return known
+    generation = known.generation + 1 if known is not None else 1
+    key = ca.cluster.create_key(
+        KeySpec(
+            request_id=owner.request_id(generation),
+            key_type=entry.key_type,
+            role=KeyRole.HANDSHAKE,
+            purposes=entry.purposes,
+            label=str(entry.spiffe_id)[:256],
+            backend=entry.key_backend,
+        )
+    )
+    managed = ManagedKey(owner, generation, key.key_id, key.spki_der, fingerprint)
+    ca.store.save_managed_key(managed)
+    log("key_created", key_id=key.key_id, spiffe_id=str(entry.spiffe_id))
+    return managed
+
+
+def _ensure_grant(ca: Ca, entry: Entry, key: ManagedKey, svid: SvidRecord, seen: _Seen) -> None:
+    """Raises: PermissionDenied when an operator revoked it."""
+    now, agent = ca.clock(), entry.parent_id
+    until = svid.not_after + EXPIRY_MARGIN
+    if entry.expires_at is not None:
+        until = min(until, entry.expires_at)
+    known = ca.store.get_node_grant(entry.owner, agent)
+    row = NodeGrant(entry.owner, agent, key.key_id, GrantState.LIVE, until)
+    seen_grant = seen.get(key.key_id)
+    match decide(known, seen_grant, until, now):
+        case GrantAction.NONE:
+            _save(ca, known, replace(row, expires_at=seen_grant.expires_at if seen_grant else None))
+        case GrantAction.CREATE:
+            ca.store.save_node_grant(replace(row, state=GrantState.INTENDED))
+            seen[key.key_id] = ca.cluster.create_grant(key.key_id, agent, purposes=entry.purposes, expires_at=until)
+            ca.store.save_node_grant(row)
+            log("grant_created", key_id=key.key_id, holder=str(agent))
+        case GrantAction.EXTEND:
+            seen[key.key_id] = _extend(ca, row, until)
+            ca.store.save_node_grant(row)
+        case GrantAction.RESPECT:
+            _respect(ca, known, row)
+
+
+def _extend(ca: Ca, row: NodeGrant, until: datetime) -> Grant:
+    try:
+        return ca.cluster.extend_grant(row.key_id, row.agent, expires_at=until)
+    except (FailedPrecondition, NotFound) as error:
+        latest = [grant for grant in ca.cluster.list_grants(key_id=row.key_id, holder=row.agent) if grant.is_revoked]
+        if latest:
+            _respect(ca, None, row)
+        raise Unavailable("grant expired while it was being extended", retry_after=timedelta(seconds=1)) from error
+
+
+def _respect(ca: Ca, known: NodeGrant | None, row: NodeGrant) -> None:
+    _save(ca, known, replace(row, state=GrantState.REVOKED, expires_at=None))
+    if known is None or known.state is not GrantState.REVOKED:
+        log_warning("grant_revoked_by_operator", key_id=row.key_id, holder=str(row.agent))
+    raise PermissionDenied("an operator revoked this node's grant; only an operator's CreateGrant brings it back")
+
+
+def _save(ca: Ca, known: NodeGrant | None, row: NodeGrant) -> None:
+    if known != row:
+        ca.store.save_node_grant(row)
+
+
+def withdraw_grants(ca: Ca) -> None:
+    """Revokes what is marked so, and disables keys that no entry needs. What fails is tried again at the next call.
+
+    Raises: storage errors, and the first error of the key cluster after all were tried.
+    """
+    failure: KeyreeveError | None = None
+    for grant in ca.store.withdrawing_grants():
+        try:
+            with ca.locks(grant.agent):
+                _withdraw(ca, grant)
+        except KeyreeveError as error:
+            failure = failure or error
+    for key in ca.store.list_managed_keys(unused=True):
+        try:
+            with ca.locks(key.owner.digest):
+                _retire(ca, key)
+        except KeyreeveError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def _withdraw(ca: Ca, grant: NodeGrant) -> None:
+    known = ca.store.get_node_grant(grant.owner, grant.agent)
+    if known is None or known.state is not GrantState.WITHDRAWING:
+        return
+    found = ca.cluster.list_grants(key_id=grant.key_id, holder=grant.agent)
+    seen = found[0] if found else None
+    state = decide_withdrawal(known, seen)
+    if state is None:
+        revoked = ca.cluster.revoke_grant(grant.key_id, grant.agent)
+        known = replace(known, state=GrantState.WITHDRAWN, revoked_at=revoked.revoked_at)
+        log("grant_withdrawn", key_id=grant.key_id, holder=str(grant.agent))
+    else:
+        known = replace(known, state=state)
+    ca.store.save_node_grant(known)
+
+
+def _retire(ca: Ca, key: ManagedKey) -> None:
+    if _is_used(ca, key.owner):
+        return
+    if ca.cluster.get_key(key.key_id).state is not KeyState.ENABLED:
+        ca.store.save_managed_key(replace(key, use=KeyUse.STOPPED))
+        return
+    ca.cluster.disable_key(key.key_id)
+    ca.store.save_managed_key(replace(key, use=KeyUse.RETIRED))
+    log("key_disabled", key_id=key.key_id, spiffe_id=str(key.owner.spiffe_id))
+
+
+def _is_used(ca: Ca, owner: KeyOwner) -> bool:
+    return any(each.owner == owner for each in ca.store.list_entries(spiffe_id=owner.spiffe_id, limit=_ALL))
+
+
+def renew_entry_svid(ca: Ca, entry_id: str) -> SvidRecord:
+    """Renews the SVID of an entry now. It touches no grant. Raises: NotFound, Unavailable."""
+    _, record = ensure_svid(ca, ca.store.get_entry(entry_id), renew=True)
+    return record
