@@ -29,6 +29,7 @@ BUSY_TIMEOUT = timedelta(seconds=5)
 _WRITE = "keyreeve_write"
 _WRITER_LOCK = 0x4B657972  # "Keyr"
 _RETRY = timedelta(milliseconds=500)
+_POOL: dict[str, Any] = {"pool_size": 8, "max_overflow": 32, "pool_timeout": 10}
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -48,7 +49,7 @@ def open_engine(url: str, *, busy_timeout: timedelta = BUSY_TIMEOUT) -> Engine:
 
 
 def _open_sqlite(url: str, busy_timeout: timedelta) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": busy_timeout.total_seconds()})
+    engine = create_engine(url, connect_args={"timeout": busy_timeout.total_seconds()}, **_POOL)
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _record: Any) -> None:
@@ -71,7 +72,7 @@ def _open_postgresql(url: str, busy_timeout: timedelta) -> Engine:
     milliseconds = int(busy_timeout / timedelta(milliseconds=1))
     options = f"-c lock_timeout={milliseconds} -c idle_in_transaction_session_timeout=60000"
     try:
-        return create_engine(url, pool_pre_ping=True, connect_args={"options": options, "connect_timeout": 5})
+        return create_engine(url, pool_pre_ping=True, connect_args={"options": options, "connect_timeout": 5}, **_POOL)
     except (NoSuchModuleError, ModuleNotFoundError, ImportError) as error:
         raise ConfigInvalid("database url: PostgreSQL needs postgresql+psycopg:// and keyreeve-ca[postgres]") from error
 

@@ -1,0 +1,1 @@
+"""The CA over gRPC: for nodes that attest, for agents, for administrators."""
