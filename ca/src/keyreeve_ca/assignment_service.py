@@ -83,8 +83,11 @@ def _assign(ca: Ca, entry: Entry, seen: _Seen | KeyreeveError) -> Assignment:
         kept = _still_good(ca, entry) if isinstance(error, Unavailable) else None
         if kept is not None:
             return kept
-        log_warning("assignment_failed", entry_id=entry.entry_id, code=error.code.value, detail=error.detail)
+        if ca.failures.get(entry.entry_id) is not error.code:
+            log_warning("assignment_failed", entry_id=entry.entry_id, code=error.code.value, detail=error.detail)
+            ca.failures[entry.entry_id] = error.code
         return Assignment(entry, error=error)
+    ca.failures.pop(entry.entry_id, None)
     return Assignment(entry, key, svid)
 
 
@@ -164,7 +167,7 @@ def _ensure_key(ca: Ca, entry: Entry) -> ManagedKey:
     if known is not None and known.fingerprint == fingerprint:
         if known.use is KeyUse.IN_USE:
             return known
-        if known.use is KeyUse.RETIRED:
+        if known.use in (KeyUse.RETIRING, KeyUse.RETIRED):
             ca.cluster.enable_key(known.key_id)
         if ca.cluster.get_key(known.key_id).state is KeyState.DISABLED:
             raise KeyDisabled("an operator disabled this identity's key; `keyreeve key enable` brings it back")
@@ -268,17 +271,19 @@ def _withdraw(ca: Ca, grant: NodeGrant) -> None:
         revoked = ca.cluster.revoke_grant(grant.key_id, grant.agent)
         known = replace(known, state=GrantState.WITHDRAWN, revoked_at=revoked.revoked_at)
         log("grant_withdrawn", key_id=grant.key_id, holder=str(grant.agent))
-    else:
-        known = replace(known, state=state)
-    ca.store.save_node_grant(known)
+        ca.store.save_node_grant(known)
+    else:  # another CA instance may have been first: then it knows better
+        ca.store.save_node_grant(replace(known, state=state), expected=GrantState.WITHDRAWING)
 
 
 def _retire(ca: Ca, key: ManagedKey) -> None:
     if _is_used(ca, key.owner):
         return
-    if ca.cluster.get_key(key.key_id).state is not KeyState.ENABLED:
-        ca.store.save_managed_key(replace(key, use=KeyUse.STOPPED))
-        return
+    if key.use is KeyUse.IN_USE:
+        stopped = ca.cluster.get_key(key.key_id).state is not KeyState.ENABLED
+        intent = replace(key, use=KeyUse.STOPPED if stopped else KeyUse.RETIRING)
+        if not ca.store.save_managed_key(intent, expected=KeyUse.IN_USE) or stopped:
+            return
     ca.cluster.disable_key(key.key_id)
     ca.store.save_managed_key(replace(key, use=KeyUse.RETIRED))
     log("key_disabled", key_id=key.key_id, spiffe_id=str(key.owner.spiffe_id))

@@ -14,8 +14,8 @@ from keyreeve_common.purposes import Purpose
 from keyreeve_ca.domain.attestation import JoinToken
 from keyreeve_ca.domain.authority import Authority
 from keyreeve_ca.domain.entries import Entry, KeyOwner
-from keyreeve_ca.domain.grants import NodeGrant
-from keyreeve_ca.domain.records import Agent, ManagedKey, SvidRecord
+from keyreeve_ca.domain.grants import GrantState, NodeGrant
+from keyreeve_ca.domain.records import Agent, KeyUse, ManagedKey, SvidRecord
 
 
 class KeyCluster(Protocol):
@@ -132,15 +132,19 @@ class Store(Protocol):
 
     def get_managed_key(self, owner: KeyOwner) -> ManagedKey | None: ...
 
-    def save_managed_key(self, key: ManagedKey) -> None: ...
+    def save_managed_key(self, key: ManagedKey, *, expected: KeyUse | None = None) -> bool:
+        """Whether it was saved; with `expected` only where the stored one is of that use."""
+        ...
 
     def list_managed_keys(self, *, unused: bool = False) -> list[ManagedKey]:
-        """All, or those that no entry needs any more and that are not disabled yet."""
+        """All, or those that no entry needs any more and that are yet to be disabled."""
         ...
 
     def get_node_grant(self, owner: KeyOwner, agent: SpiffeId) -> NodeGrant | None: ...
 
-    def save_node_grant(self, grant: NodeGrant) -> None: ...
+    def save_node_grant(self, grant: NodeGrant, *, expected: GrantState | None = None) -> bool:
+        """Whether it was saved; with `expected` only where the stored one is in that state."""
+        ...
 
     def withdrawing_grants(self) -> list[NodeGrant]: ...
 

@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keyreeve_common.bundle import Bundle
-from keyreeve_common.errors import InvalidRequest, KeyreeveError
+from keyreeve_common.errors import ErrorCode, InvalidRequest, KeyreeveError
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.schemes import KeyType, key_type_of
 from keyreeve_common.telemetry import log, log_error
@@ -84,6 +84,7 @@ class Ca:
     entropy: Entropy
     lint_key: Callable[[KeyType], Any]
     locks: Locks = field(default_factory=Locks)
+    failures: dict[str, ErrorCode] = field(default_factory=dict)  # by entry: what was logged last
 
     def check_own(self, spiffe_id: SpiffeId) -> None:
         """Raises: InvalidRequest for another trust domain's ID."""

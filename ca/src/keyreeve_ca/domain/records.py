@@ -33,6 +33,7 @@ class Agent:
 
 class KeyUse(StrEnum):
     IN_USE = "in_use"
+    RETIRING = "retiring"  # the CA is about to disable it
     RETIRED = "retired"  # the CA disabled it when its last entry went; a new entry enables it
     STOPPED = "stopped"  # an operator had disabled or destroyed it before: only an operator enables it
 

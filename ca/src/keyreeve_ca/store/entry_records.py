@@ -89,19 +89,23 @@ class EntryRecords(Part):
             row = connection.execute(select(schema.managed_keys).where(_K.owner == owner.digest)).mappings().first()
             return key_from_row(row) if row else None
 
-    def save_managed_key(self, key: ManagedKey) -> None:
+    def save_managed_key(self, key: ManagedKey, *, expected: KeyUse | None = None) -> bool:
         row = key_to_row(key)
+        query = update(schema.managed_keys).where(_K.owner == row["owner"])
+        if expected is not None:
+            query = query.where(_K.use == expected.value)
         with write_transaction(self.engine) as connection:
-            changed = connection.execute(
-                update(schema.managed_keys).where(_K.owner == key.owner.digest).values(**row)
-            ).rowcount
-            if not changed:
+            saved = connection.execute(query.values(**row)).rowcount == 1
+            if not saved and expected is None:
                 connection.execute(schema.managed_keys.insert().values(**row))
+            return saved or expected is None
 
     def list_managed_keys(self, *, unused: bool = False) -> list[ManagedKey]:
         query = select(schema.managed_keys).order_by(_K.owner)
         if unused:
-            query = query.where(_K.use == KeyUse.IN_USE.value, ~exists().where(_E.owner == _K.owner))
+            query = query.where(
+                _K.use.in_([KeyUse.IN_USE.value, KeyUse.RETIRING.value]), ~exists().where(_E.owner == _K.owner)
+            )
         with read_transaction(self.engine) as connection:
             return [key_from_row(row) for row in connection.execute(query).mappings()]
 
@@ -111,12 +115,16 @@ class EntryRecords(Part):
             row = connection.execute(query).mappings().first()
             return grant_from_row(row, owner) if row else None
 
-    def save_node_grant(self, grant: NodeGrant) -> None:
+    def save_node_grant(self, grant: NodeGrant, *, expected: GrantState | None = None) -> bool:
         row = grant_to_row(grant)
-        same = (_G.owner == row["owner"]) & (_G.agent_hash == row["agent_hash"])
+        query = update(schema.node_grants).where(_G.owner == row["owner"], _G.agent_hash == row["agent_hash"])
+        if expected is not None:
+            query = query.where(_G.state == expected.value)
         with write_transaction(self.engine) as connection:
-            if not connection.execute(update(schema.node_grants).where(same).values(**row)).rowcount:
+            saved = connection.execute(query.values(**row)).rowcount == 1
+            if not saved and expected is None:
                 connection.execute(schema.node_grants.insert().values(**row))
+            return saved or expected is None
 
     def withdrawing_grants(self) -> list[NodeGrant]:
         joined = schema.node_grants.join(schema.managed_keys, _G.owner == _K.owner)
