@@ -27,7 +27,8 @@ HANDSHAKES = 20
 def main() -> int:
     arguments = _arguments()
     demo = Demo(arguments.dir.resolve(), keep=arguments.keep)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
+        signal.signal(number, _interrupt)
     try:
         return demo.run()
     except KeyboardInterrupt:

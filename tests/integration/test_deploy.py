@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from keyreeve_ca.config import load_ca_config
 from keyreeve_client.agent.config import AgentConfig
 from keyreeve_common.config import load_config
 from keyreeve_keyserver.config import load_keyserver_config
@@ -25,7 +26,12 @@ def test_the_samples_fit_together() -> None:
     agent = load_config(AgentConfig, CONFIG / "agent.toml")
     server = load_keyserver_config(CONFIG / "keyserver.toml")
     signer = load_config(SignerConfig, CONFIG / "signer.toml")
-    assert agent.trust_domain == server.trust_domain
+    ca = load_ca_config(CONFIG / "ca.toml")
+    assert agent.trust_domain == server.trust_domain == ca.trust_domain
+    assert agent.ca.address.rsplit(":", 1)[1] == ca.listen.rsplit(":", 1)[1]
+    assert agent.ca.attest_address.rsplit(":", 1)[1] == ca.attest_listen.rsplit(":", 1)[1]
+    assert ca.key_cluster.addresses == agent.key_server.addresses
+    assert ca.key_cluster.admin_socket == server.admin_socket
     assert server.spiffe_id == agent.key_server_id
     assert agent.key_server.addresses[0].rsplit(":", 1)[1] == server.listen.rsplit(":", 1)[1]
     assert signer.default_name == "hsm"

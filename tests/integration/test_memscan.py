@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from keyreeve_testing.memscan import PrivateKey, needles_of, scan_process
 
 KEYS: dict[str, PrivateKey] = {
@@ -73,8 +74,6 @@ def test_every_form_is_found_where_it_stands(kind: str) -> None:
 
 
 def test_base64_is_found_at_each_alignment() -> None:
-    import base64
-
     key = KEYS["ec-p256"]
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     scalar = key.private_numbers().private_value.to_bytes(32, "big")
@@ -82,6 +81,14 @@ def test_base64_is_found_at_each_alignment() -> None:
     for shift in range(3):
         for after in range(3):
             assert forms[f"scalar, base64 at {shift}"] in base64.b64encode(b"\xff" * shift + scalar + b"\xff" * after)
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_no_form_is_in_what_is_public(kind: str) -> None:
+    """Else every process with the certificate would look guilty."""
+    der = KEYS[kind].public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    texts = [der, *(base64.b64encode(b"\0" * shift + der) for shift in range(3)), der.hex().encode()]
+    assert not [needle for needle in needles_of(KEYS[kind]) for text in texts if needle.data in text]
 
 
 def test_a_needle_does_not_show_itself() -> None:

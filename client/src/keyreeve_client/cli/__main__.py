@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points, version
 from typing import Annotated
 
@@ -20,8 +21,11 @@ COMMANDS_GROUP = "keyreeve.commands"
 _BROUGHT_BY = {"init": "keyreeve-ca"}
 
 
-def build_app() -> typer.Typer:
-    """All commands, those of other installed distributions too (entry points of group `keyreeve.commands`)."""
+def build_app(asked: Sequence[str] = ()) -> typer.Typer:
+    """All commands, those of other installed distributions too (entry points of group `keyreeve.commands`).
+
+    `asked` is the command line: what it does not name is not imported, since a CA's database libraries would make every command slow.
+    """
     app = typer.Typer(
         name="keyreeve",
         no_args_is_help=True,
@@ -41,7 +45,7 @@ def build_app() -> typer.Typer:
     app.add_typer(svids.authorities, name="authority")
     app.add_typer(svids.bundles, name="bundle")
     app.command("doctor")(doctor)
-    _add_brought_commands(app)
+    _add_brought_commands(app, asked)
     return app
 
 
@@ -62,9 +66,12 @@ def _options(
     set_default_output(output)
 
 
-def _add_brought_commands(app: typer.Typer) -> None:
+def _add_brought_commands(app: typer.Typer, asked: Sequence[str]) -> None:
     found = {point.name: point for point in entry_points(group=COMMANDS_GROUP)}
+    help_is_asked = all(word.startswith("-") for word in asked)
     for name, point in found.items():
+        if not help_is_asked and name not in asked:
+            continue
         try:
             command = point.load()
         except ImportError as error:
@@ -99,7 +106,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code."""
-    command = typer.main.get_command(build_app())
+    command = typer.main.get_command(build_app(arguments))
     try:
         result = command.main(args=arguments, prog_name="keyreeve", standalone_mode=False)
     except KeyreeveError as error:

@@ -9,7 +9,6 @@ import base64
 import binascii
 import os
 import re
-import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 CHUNK_BYTES = 8 << 20
 MIN_NEEDLE_BYTES = 16
+MIN_SECRET_BYTES = 8
+PEM_LINE_BYTES = 48
 _PYTHON_DIGIT_BITS = 30
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \S+\s*(.*)")
 _UNREADABLE = ("[vvar]", "[vvar_vclock]", "[vsyscall]")
@@ -119,9 +120,20 @@ def _encodings(key: PrivateKey) -> Iterator[Needle]:
     for name, form in formats:
         der = key.private_bytes(Encoding.DER, form, NoEncryption())
         yield Needle(f"{name} DER", der)
-        # The lines but the first, which is the algorithm and the same for all keys of the kind.
-        for line in textwrap.wrap(base64.b64encode(der).decode("ascii"), 64)[1:]:
-            yield Needle(f"{name} PEM line", line.encode())
+        secret = _secret_offsets(key, der)
+        for at in range(0, len(der), PEM_LINE_BYTES):
+            # A line of nothing but public key would be found in every process that has the certificate.
+            if len(secret.intersection(range(at, at + PEM_LINE_BYTES))) >= MIN_SECRET_BYTES:
+                yield Needle(f"{name} PEM line", base64.b64encode(der[at : at + PEM_LINE_BYTES]).rstrip(b"="))
+
+
+def _secret_offsets(key: PrivateKey, der: bytes) -> set[int]:
+    """Which bytes of the encoding are secret."""
+    found: set[int] = set()
+    for _, number, size in _secrets_of(key):
+        at = der.find(number.to_bytes(size, "big"))
+        found.update(range(at, at + size))
+    return found
 
 
 def scan_process(pid: int, needles: Iterable[Needle], name: str = "") -> Scan:

@@ -206,7 +206,7 @@ class Stack:
             raise StackFailed(f"{PROVIDER} is missing: run make -C client/openssl-provider")
         self._clear_directory()
         for name in ("etc", "ca", "keyserver", "secrets", "proxies", "log", "nginx"):
-            (self.directory / name).mkdir(mode=0o700 if name == "secrets" else 0o755)
+            (self.directory / name).mkdir(mode=0o700 if name in ("ca", "keyserver", "secrets") else 0o755)
         self._make_run_dir()
         self.say("a SoftHSM token of its own, with a random PIN that stands in a file of mode 0600")
         self.token = make_softhsm_token(self.directory / "token", label="keyreeve-demo")
@@ -283,7 +283,17 @@ signer_config = "{self.etc / "signer.toml"}"
 """
 
     def _ca_toml(self) -> str:
-        raise NotImplementedError
+        return f"""trust_domain = "{self.config.trust_domain}"
+state_dir = "{self.directory / "ca"}"
+admin_socket = "{self.ca_socket}"
+listen = "127.0.0.1:{self.ca_port}"
+attest_listen = "127.0.0.1:{self.attest_port}"
+bundle_file = "{self.bundle}"
+
+[key_cluster]
+addresses = ["127.0.0.1:{self.key_server_port}"]
+admin_socket = "{self.key_server_socket}"
+"""
 
     def _agent_toml(self) -> str:
         identities = [(served.name, served.path) for served in self.config.served]
@@ -359,12 +369,13 @@ http {{
         self._start("keyserver", "keyreeve_keyserver", "keyserver.toml")
 
     def ceremony(self) -> None:
-        raise NotImplementedError
+        self.say("ceremony (keyreeve init): root and issuing authority in the token, first identities of the services")
+        for step in self.cli("init", "--config", str(self.etc / "ca.toml")):
+            self.say(f"  {step['state']:8} {step['step']}: {step['detail']}")
 
     def start_ca(self) -> None:
         self.say("CA")
         self._start("ca", "keyreeve_ca", "ca.toml")
-        self.bundle.write_text(self.cli_text("bundle", "show"))
 
     def start_agent(self) -> None:
         self.say(f"agent {self.agent_id}, let in by a join token")
