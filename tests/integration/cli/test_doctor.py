@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
 from fake_services import TD, Services
 from keyreeve_common.v1 import ca_pb2
 from keyreeve_testing.softhsm import make_softhsm_token, softhsm_is_installed
@@ -108,12 +112,22 @@ def test_a_ca_without_an_active_authority_and_a_clock_ahead_are_named(services: 
     assert "ahead of this host" in found["clock of the CA"]["detail"]
 
 
+def _authority(not_before: datetime, not_after: datetime) -> bytes:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(not_before).not_valid_after(not_after)
+    return builder.sign(key, SHA256()).public_bytes(Encoding.DER)
+
+
 def test_authorities_near_their_end_are_a_warning(services: Services, etc: Path) -> None:
     (etc / "ca.toml").write_text(f'admin_socket = "{services.ca_socket}"\n')
-    for root, lifetime in ((True, timedelta(days=300)), (False, timedelta(days=3))):
-        authority = ca_pb2.Authority(root=root, state=ca_pb2.AUTHORITY_STATE_ACTIVE)
-        authority.not_after.FromDatetime(datetime.now(UTC) + lifetime)
-        services.ca.authorities.append(authority)
+    now = datetime.now(UTC)
+    for root, since, until in ((True, 100, 300), (False, 28, 2)):
+        certificate = _authority(now - timedelta(days=since), now + timedelta(days=until))
+        services.ca.authorities.append(
+            ca_pb2.Authority(root=root, state=ca_pb2.AUTHORITY_STATE_ACTIVE, certificate_der=certificate)
+        )
     _, found = _findings(services, etc)
     assert found["root"]["state"] == "ok"
     assert found["issuing authority"]["state"] == "warning"

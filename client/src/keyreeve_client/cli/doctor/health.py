@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from cryptography import x509
 from google.protobuf.timestamp_pb2 import Timestamp
 from keyreeve_common.errors import KeyreeveError
 from keyreeve_common.v1 import ca_pb2, keyserver_pb2
@@ -17,7 +18,8 @@ from keyreeve_client.cli.doctor.installation import Installation
 from keyreeve_client.cli.svids import read_agent_status
 
 RPC_TIMEOUT_S = 5.0
-AUTHORITY_NOTICE = timedelta(days=14)
+# The CA activates an authority's successor when a sixth of its life is left: less than that, and rotation did not happen.
+NOTICE_SHARE = 8
 MAX_CLOCK_SKEW = timedelta(seconds=30)
 
 
@@ -84,7 +86,9 @@ def _authorities(stubs: CaStubs, now: datetime) -> Iterator[Finding]:
     for each in active:
         name = "root" if each.root else "issuing authority"
         remedy = "run `keyreeve authority prepare`, then `keyreeve authority activate`"
-        yield _expiry(name, _time(each.not_after), now, AUTHORITY_NOTICE, remedy)
+        certificate = x509.load_der_x509_certificate(each.certificate_der)
+        lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+        yield _expiry(name, certificate.not_valid_after_utc, now, lifetime / NOTICE_SHARE, remedy)
 
 
 def _agents(stubs: CaStubs, now: datetime) -> Iterator[Finding]:
