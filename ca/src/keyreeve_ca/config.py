@@ -20,7 +20,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from keyreeve_ca.domain.entries import MAX_TTL, RESERVED_PATH
-from keyreeve_ca.domain.profiles import KEY_SERVER_PATH, AuthorityLives, SvidKind, SvidProfile
+from keyreeve_ca.domain.profiles import KEY_SERVER_PATH, AUTHORITY_KEY_TYPES, AuthorityLives, SvidKind, SvidProfile
 from keyreeve_ca.service import Policy
 
 MAX_SOCKET_PATH_BYTES = 107
@@ -85,6 +85,8 @@ class IssuanceConfig:
     def __post_init__(self) -> None:
         if self.max_ttl > MAX_TTL:
             raise ConfigInvalid("max_ttl: at most 30d")
+        if self.authority_key_type not in AUTHORITY_KEY_TYPES:
+            raise ConfigInvalid("authority_key_type: ed25519 is refused by the X.509 verifiers of Keyreeve")
         for name in ("agent_ttl", "service_ttl"):
             if not timedelta(seconds=1) <= getattr(self, name) <= MAX_TTL:
                 raise ConfigInvalid(f"{name}: allowed are 1s to 30d")

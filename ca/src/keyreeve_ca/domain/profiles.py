@@ -12,10 +12,14 @@ from enum import StrEnum
 
 from keyreeve_common.errors import InvalidRequest
 from keyreeve_common.identity import SpiffeId
+from keyreeve_common.schemes import KeyType
 
 from keyreeve_ca.domain.entries import RESERVED_PATH, check_workload_id, is_agent_id
 
 DEFAULT_BACKDATE = timedelta(seconds=10)
+# The path verifier of `cryptography`, which agents and key servers use, refuses Ed25519 issuers ("forbidden public key algorithm"). Leaves may
+# have such keys.
+AUTHORITY_KEY_TYPES = frozenset(KeyType) - {KeyType.ED25519}
 CA_PATH = "/keyreeve/ca"
 KEY_SERVER_PATH = "/keyreeve/keyserver"
 
