@@ -20,7 +20,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from keyreeve_ca.domain.entries import MAX_TTL, RESERVED_PATH
-from keyreeve_ca.domain.profiles import KEY_SERVER_PATH, AUTHORITY_KEY_TYPES, AuthorityLives, SvidKind, SvidProfile
+from keyreeve_ca.domain.profiles import AUTHORITY_KEY_TYPES, KEY_SERVER_PATH, AuthorityLives, SvidKind, SvidProfile
 from keyreeve_ca.service import Policy
 
 MAX_SOCKET_PATH_BYTES = 107
