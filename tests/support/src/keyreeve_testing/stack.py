@@ -430,14 +430,15 @@ http {{
 
     def start_nginx(self) -> None:
         self.say(f"nginx, workers as {self.worker_user}, with the provider and key references")
-        self.nginx = subprocess.Popen(
-            self.nginx_command(),
-            env=self.openssl_env(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=(self.directory / "log" / "nginx.log").open("ab"),
-            start_new_session=True,
-        )
+        with (self.directory / "log" / "nginx.log").open("ab") as log:
+            self.nginx = subprocess.Popen(
+                self.nginx_command(),
+                env=self.openssl_env(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         for port in self.ports.values():
             self.wait_until(lambda port=port: _accepts(port), f"nginx on port {port}")  # type: ignore[misc]
 
