@@ -480,8 +480,7 @@ http {{
 
     def key_of(self, path: str) -> dict[str, Any]:
         """The key of an identity, as the key server tells it."""
-        (key,) = (key for key in self.cli("key", "list") if key["key_id"] == self.svid_of(path)["key_id"])
-        return dict(key)
+        return dict(self.cli("key", "show", self.svid_of(path)["key_id"]))
 
     def svid_of(self, path: str) -> dict[str, Any]:
         return dict(self.cli("svid", "show", self.spiffe_id(path)))
