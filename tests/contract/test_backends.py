@@ -196,6 +196,20 @@ async def test_software_key_of_another_record_is_refused() -> None:
     await backend.close()
 
 
+async def test_request_judged_by_one_record_is_not_signed_by_the_key_of_another() -> None:
+    """The front end can have two records of one key id; loading the second must not catch what waits under the first."""
+    backend = SoftwareBackend("software")
+    one, two = [await backend.create(KeyId("same"), KeyType.EC_P256) for _ in range(2)]
+    judged_by, loaded_now = [record_of(KeyId("same"), KeyType.EC_P256, made, "software") for made in (one, two)]
+    await backend.load(judged_by, one.secret)
+    waiting = request_for(judged_by)
+    backend.forget(KeyId("same"))
+    await backend.load(loaded_now, two.secret)
+    assert isinstance((await backend.sign([waiting]))[0], KeyNotFound)
+    verify(loaded_now, waiting.scheme, (await backend.sign([request_for(loaded_now)]))[0])
+    await backend.close()
+
+
 _PEEK = """
 import sys, pkcs11
 from pkcs11 import Attribute, ObjectClass, exceptions

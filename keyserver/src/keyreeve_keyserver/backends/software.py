@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 from cryptography.exceptions import InvalidSignature
@@ -53,10 +54,18 @@ _T = TypeVar("_T")
 _Work = list[tuple[int, SignRequest]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """`spki_der` stands in one sealed record only, so it says which record the key was loaded by."""
+
+    spki_der: bytes
+    key: PrivateKey = field(repr=False)
+
+
 class SoftwareBackend:
     def __init__(self, name: str, *, threads: int = 0) -> None:
         self._name = name
-        self._keys: dict[KeyId, PrivateKey] = {}
+        self._keys: dict[KeyId, _Loaded] = {}
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix=f"sign-{name}")
         self._waiting = 0
@@ -99,7 +108,7 @@ class SoftwareBackend:
         spki_der = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         if spki_der != record.spki_der:
             raise SealedRecordInvalid("the sealed key is not the one of the record's header")
-        self._keys[record.key_id] = cast("PrivateKey", key)
+        self._keys[record.key_id] = _Loaded(record.spki_der, cast("PrivateKey", key))
 
     def forget(self, key_id: KeyId) -> None:
         self._keys.pop(key_id, None)
@@ -127,12 +136,13 @@ class SoftwareBackend:
     def _sign_one(self, request: SignRequest) -> SignOutcome:
         if time.monotonic() >= request.deadline:
             return DeadlineExceeded("deadline passed before the key was reached")
-        key = self._keys.get(request.record.key_id)
-        if key is None:
+        loaded = self._keys.get(request.record.key_id)
+        # Another record of this id may have been loaded since the request was judged: it was not judged by that one.
+        if loaded is None or loaded.spki_der != request.record.spki_der:
             return KeyNotFound()
         try:
             check_scheme_fits(request.scheme, request.record.key_type)
-            return _SIGNERS[request.record.key_type.family](key, request.scheme, request.message)
+            return _SIGNERS[request.record.key_type.family](loaded.key, request.scheme, request.message)
         except KeyreeveError as error:
             return error
         except (InvalidSignature, ValueError, TypeError):
