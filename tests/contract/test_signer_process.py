@@ -186,7 +186,7 @@ def test_control_refusals_are_named(signer: SignerClient) -> None:
         ({"purposes": []}, InvalidRequest, "at least one purpose"),
         ({"role": "authority", "purposes": ["x509_certificate"]}, InvalidRequest, "needs an authority_profile"),
         ({"backend": "nowhere"}, TokenUnavailable, "no backend nowhere"),
-        ({"label": "x" * 300}, InvalidRequest, "label"),
+        ({"label": "x" * 2049}, InvalidRequest, "label"),
     ]
     for change, kind, text in changes:
         with pytest.raises(kind, match=text):
