@@ -217,7 +217,7 @@ module, label, pin_file, key_id = sys.argv[1:]
 token = pkcs11.lib(module).get_token(token_label=label)
 with token.open(user_pin=open(pin_file).read().strip()) as session:
     for kind in (ObjectClass.PRIVATE_KEY,):
-        key = session.get_key(object_class=kind, id=key_id.encode())
+        key = session.get_key(object_class=kind, label=key_id)
         for attribute in (Attribute.VALUE, Attribute.PRIVATE_EXPONENT, Attribute.PRIME_1, Attribute.PRIME_2):
             try:
                 value = key[attribute]
@@ -284,6 +284,19 @@ async def test_keys_outlive_the_workers(token: SoftHsmToken) -> None:
     await second.load(record, None)
     verify(record, SignatureScheme.ECDSA_SECP256R1_SHA256, (await second.sign([request_for(record)]))[0])
     await second.close()
+
+
+@softhsm
+@needs_softhsm
+async def test_record_of_a_destroyed_key_does_not_open_a_later_key_of_its_id(hsm: Pkcs11Backend) -> None:
+    """The front end chooses key ids: an old record, with another role or profile, must not fit the new key."""
+    first = await loaded_key(hsm, KeyType.EC_P256)
+    await hsm.destroy(first)
+    second = await hsm.create(first.key_id, KeyType.EC_P256)
+    with pytest.raises(KeyNotFound):
+        await hsm.load(first, None)
+    await hsm.load(record_of(first.key_id, KeyType.EC_P256, second, "hsm"), None)
+    assert isinstance((await hsm.sign([request_for(first)]))[0], KeyNotFound)
 
 
 async def until_workers(backend: Pkcs11Backend, count: int) -> None:
@@ -425,7 +438,7 @@ from keyreeve_keyserver.backends.pkcs11_frames import Open, TokenSignItem
 from keyreeve_keyserver.backends.pkcs11_token import Token
 import time
 token = Token(Open(*sys.argv[1:]))
-token.create("k", KeyType.EC_P256)
+token.create("k", "label", KeyType.EC_P256)
 item = TokenSignItem("k", SignatureScheme.ECDSA_SECP256R1_SHA256, 10_000, b"message")
 token.sign(item, received=time.monotonic())
 token._session.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
 
 _CHUNKS = {KeyFamily.EC_P256: 16, KeyFamily.EC_P384: 16, KeyFamily.ED25519: 16, KeyFamily.RSA: 4}
+_REF_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +103,16 @@ class Pkcs11Backend:
     async def create(self, key_id: KeyId, key_type: KeyType) -> CreatedKey:
         if self._pool.fault is None and key_type not in self.capabilities().key_types:
             raise KeyTypeNotSupported(f"backend {self._name} has no keys of type {key_type.value}")
-        answer = await self._done(frames.Create(key_id, key_type))
+        # Key ids are the front end's to choose; the reference is ours and never comes back, so that the record of a destroyed key
+        # cannot be loaded over a later key of the same id.
+        ref = secrets.token_hex(_REF_BYTES)
+        answer = await self._done(frames.Create(ref, key_id, key_type))
         try:
             spki_der = bytes.fromhex(cast("str", answer["spki_der"]))
             attributes = dict(cast("dict[str, str | bool]", answer["attributes"]))
         except (KeyError, ValueError, TypeError):
             raise Internal("the PKCS#11 worker's answer to a creation cannot be read") from None
-        return CreatedKey(spki_der, key_id, None, attributes)
+        return CreatedKey(spki_der, ref, None, attributes)
 
     async def load(self, record: KeyRecord, secret: Secret | None) -> None:
         if secret:

@@ -47,11 +47,15 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Create:
+    """`label` says whose key it is, and only one object has it; `ref` is what the sealed record names, made anew for each key."""
+
     ref: str
+    label: str
     key_type: KeyType
 
     def to_bytes(self) -> bytes:
-        return _frame(CREATE, bytes8(self.ref.encode("ascii")) + bytes8(self.key_type.value.encode("ascii")))
+        texts = (self.ref, self.label, self.key_type.value)
+        return _frame(CREATE, b"".join(bytes8(text.encode("ascii")) for text in texts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +180,9 @@ def _read_open(reader: Reader) -> Open:
 
 
 def _read_create(reader: Reader) -> Create:
-    ref, name = _ref(reader), ascii_text(reader.bytes8("key_type"), "key_type")
+    ref, label, name = _ref(reader), _ref(reader), ascii_text(reader.bytes8("key_type"), "key_type")
     try:
-        return Create(ref, KeyType(name))
+        return Create(ref, label, KeyType(name))
     except ValueError:
         raise MalformedFrame("key_type is not known") from None
 

@@ -55,14 +55,16 @@ class Token:
             "schemes": [int(scheme) for scheme in mechanisms.schemes_offered(self._mechanisms)],
         }
 
-    def create(self, ref: str, key_type: KeyType) -> JsonObject:
-        """A key pair born in the token, and what the token says of it.
+    def create(self, ref: str, label: str, key_type: KeyType) -> JsonObject:
+        """A key pair born in the token, and what the token says of it. A label stands for one key.
 
         Raises: Conflict, FailedPrecondition, KeyTypeNotSupported, StorageFull.
         """
-        if self._objects(ref):
+        if self._objects({Attribute.LABEL: label}) or self._objects({Attribute.ID: ref.encode("ascii")}):
             raise Conflict("the token holds a key with this id already")
-        public_key, private_key = self._guarded("creating a key", lambda: self._generate(ref, key_type), stores=True)
+        public_key, private_key = self._guarded(
+            "creating a key", lambda: self._generate(ref, label, key_type), stores=True
+        )
         try:
             attributes = self._attributes(private_key)
             if attributes["extractable"] or not attributes["sensitive"]:
@@ -81,7 +83,7 @@ class Token:
 
     def destroy(self, ref: str) -> None:
         self._keys.pop(ref, None)
-        for found in self._objects(ref):
+        for found in self._objects({Attribute.ID: ref.encode("ascii")}):
             self._guarded("destroying the key", found.destroy)
 
     def sign(self, item: TokenSignItem, *, received: float) -> bytes:
@@ -131,11 +133,11 @@ class Token:
             stores=True,
         )
 
-    def _generate(self, ref: str, key_type: KeyType) -> tuple[Any, Any]:
+    def _generate(self, ref: str, label: str, key_type: KeyType) -> tuple[Any, Any]:
         how = mechanisms.GENERATIONS[key_type]
         common = {
             "id": ref.encode("ascii"),
-            "label": ref,
+            "label": label,
             "store": True,
             "public_template": mechanisms.public_template(),
             "private_template": mechanisms.private_template(),
@@ -170,10 +172,8 @@ class Token:
             "always_sensitive": bool(private_key[Attribute.ALWAYS_SENSITIVE]),
         }
 
-    def _objects(self, ref: str) -> list[Any]:
-        return self._retried(
-            "finding the key", lambda: list(self._session.get_objects({Attribute.ID: ref.encode("ascii")}))
-        )
+    def _objects(self, wanted: dict[Attribute, Any]) -> list[Any]:
+        return self._retried("finding the key", lambda: list(self._session.get_objects(wanted)))
 
     def _private_key(self, ref: str) -> Any:
         key = self._keys.get(ref)

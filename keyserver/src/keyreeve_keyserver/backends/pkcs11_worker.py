@@ -48,7 +48,7 @@ class Worker:
         if isinstance(question, frames.Box):
             return frames.Boxed(token.box(question))
         if isinstance(question, frames.Create):
-            return frames.Done(token.create(question.ref, question.key_type))
+            return frames.Done(token.create(question.ref, question.label, question.key_type))
         if isinstance(question, frames.Find):
             token.find(question.ref)
         else:

@@ -18,7 +18,7 @@ ITEMS = st.builds(
 )
 QUESTIONS = st.one_of(
     st.builds(frames.Open, TEXTS, TEXTS, TEXTS, TEXTS),
-    st.builds(frames.Create, REFS, st.sampled_from(KeyType)),
+    st.builds(frames.Create, REFS, REFS, st.sampled_from(KeyType)),
     st.builds(frames.Find, REFS),
     st.builds(frames.Destroy, REFS),
     st.builds(frames.TokenSign, st.lists(ITEMS, min_size=1, max_size=5).map(tuple)),
