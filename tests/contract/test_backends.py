@@ -299,6 +299,17 @@ async def test_record_of_a_destroyed_key_does_not_open_a_later_key_of_its_id(hsm
     assert isinstance((await hsm.sign([request_for(first)]))[0], KeyNotFound)
 
 
+@softhsm
+@needs_softhsm
+async def test_key_forgotten_while_the_token_signs_releases_nothing(hsm: Pkcs11Backend) -> None:
+    """Without its public key an RSA result could not be verified before release."""
+    record = await loaded_key(hsm, KeyType.RSA_2048)
+    signing = asyncio.create_task(hsm.sign([request_for(record)]))
+    await asyncio.sleep(0)
+    hsm.forget(record.key_id)
+    assert isinstance((await signing)[0], KeyNotFound)
+
+
 async def until_workers(backend: Pkcs11Backend, count: int) -> None:
     async with asyncio.timeout(30):
         while len(backend.worker_pids) < count:

@@ -165,9 +165,13 @@ class Pkcs11Backend:
             outcomes[index] = self._verified(request, outcome)
 
     def _verified(self, request: SignRequest, outcome: SignOutcome) -> SignOutcome:
-        """An RSA result is verified before release, whatever made it."""
-        public_key = self._loaded.get(request.record.key_id)
-        if public_key is None or isinstance(outcome, KeyreeveError):
+        """An RSA result is verified before release, whatever made it; a key that was forgotten meanwhile releases nothing."""
+        if isinstance(outcome, KeyreeveError):
+            return outcome
+        if request.record.key_id not in self._loaded:
+            return KeyNotFound()
+        public_key = self._loaded[request.record.key_id]
+        if public_key is None:
             return outcome
         algorithm = HASHES[request.scheme.facts.hash_name]()
         try:
