@@ -473,3 +473,42 @@ def test_lost_session_is_opened_again_and_the_key_found_again(token: SoftHsmToke
         [sys.executable, "-c", _LOSE_SESSION, *arguments], capture_output=True, text=True, check=False
     )
     assert ended.stdout.splitlines() == ["again True", "found None", "KeyNotFound"], ended.stderr
+
+
+_LOSE_SESSION_AND_PIN = """
+import sys, time
+from pathlib import Path
+from keyreeve_common.schemes import KeyType, SignatureScheme
+from keyreeve_keyserver.backends.pkcs11_frames import Open, TokenSign, TokenSignItem
+from keyreeve_keyserver.backends.pkcs11_token import Token
+from keyreeve_keyserver.backends.pkcs11_worker import Worker
+
+class Counted:
+    def __init__(self, token):
+        self.token, self.tries = token, 0
+    def open(self, **arguments):
+        self.tries += 1
+        return self.token.open(**arguments)
+
+worker = Worker()
+worker.answer(Open(*sys.argv[1:]))
+token = worker._token
+token.create("k", "label", KeyType.EC_P256)
+Path(sys.argv[3]).write_text("00000000")
+token._token = counted = Counted(token._token)
+token._session.close()
+item = TokenSignItem("k", SignatureScheme.ECDSA_SECP256R1_SHA256, 10_000, b"message")
+for _ in range(3):
+    answer = worker.answer(TokenSign((item,) * 4))
+print(sorted({outcome.code.value for outcome in answer.outcomes}), counted.tries)
+"""
+
+
+@softhsm
+@needs_softhsm
+def test_wrong_pin_is_tried_once_when_the_session_is_lost(token: SoftHsmToken) -> None:
+    arguments = [str(token.module), token.label, str(token.pin_file), str(token.conf)]
+    ended = subprocess.run(
+        [sys.executable, "-c", _LOSE_SESSION_AND_PIN, *arguments], capture_output=True, text=True, check=False
+    )
+    assert ended.stdout.splitlines() == ["['token_pin_incorrect'] 1"], ended.stderr

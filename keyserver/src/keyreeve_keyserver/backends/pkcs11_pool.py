@@ -113,7 +113,8 @@ class WorkerPool:
                         continue
                 pause = _FIRST_PAUSE
                 self._processes[index] = process
-                self._fault = None
+                if not isinstance(self._fault, TokenPinIncorrect):
+                    self._fault = None
                 await self._work(process)
                 log_warning("pkcs11_worker_lost", backend=self._name, pid=process.pid)
                 del self._processes[index]
@@ -158,7 +159,7 @@ class WorkerPool:
         return process
 
     async def _work(self, process: WorkerProcess) -> None:
-        """Puts questions to this worker until it is lost."""
+        """Puts questions to this worker until it is lost. Raises: TokenPinIncorrect where it lost its session and could not log in anew."""
         while True:
             job = await self._next_job()
             if job.answer.done():
@@ -175,6 +176,8 @@ class WorkerPool:
                 raise
             if not job.answer.done():
                 job.answer.set_result(answer)
+            if (refusal := _pin_refusal(answer)) is not None:
+                raise refusal
 
     async def _next_job(self) -> _Job:
         async with self._wakeup:
@@ -213,3 +216,9 @@ class WorkerPool:
 def _refuse(job: _Job, error: KeyreeveError) -> None:
     if not job.answer.done():
         job.answer.set_result(frames.Failed(error))
+
+
+def _pin_refusal(answer: frames.Answer) -> TokenPinIncorrect | None:
+    outcomes = answer.outcomes if isinstance(answer, frames.TokenSigned) else ()
+    failures = (answer.error,) if isinstance(answer, frames.Failed) else outcomes
+    return next((failure for failure in failures if isinstance(failure, TokenPinIncorrect)), None)

@@ -23,6 +23,7 @@ from keyreeve_common.errors import (
     SchemeNotSupported,
     SealedRecordInvalid,
     StorageFull,
+    TokenPinIncorrect,
     TokenUnavailable,
 )
 from keyreeve_common.schemes import KeyType
@@ -45,6 +46,7 @@ class Token:
     def __init__(self, settings: Open) -> None:
         self._settings = settings
         self._keys: dict[str, Any] = {}
+        self._pin_refusal: TokenPinIncorrect | None = None
         self._token = self._find_token()
         self._session = self._log_in()
         self._mechanisms = set(self._guarded("reading the token's mechanisms", self._token.slot.get_mechanisms))
@@ -253,6 +255,8 @@ class Token:
             probe.unlink(missing_ok=True)
 
     def _log_in(self) -> Any:
+        if self._pin_refusal is not None:
+            raise TokenPinIncorrect(self._pin_refusal.detail)
         pin_file = self._settings.pin_file
         try:
             pin = Path(pin_file).read_text(encoding="utf-8").strip("\r\n")
@@ -263,7 +267,10 @@ class Token:
         try:
             return self._token.open(rw=True, user_pin=pin)
         except p11.PKCS11Error as error:
-            raise error_of(error, f"logging in to token {self._settings.token_label!r}") from None
+            refusal = error_of(error, f"logging in to token {self._settings.token_label!r}")
+            if isinstance(refusal, TokenPinIncorrect):
+                self._pin_refusal = refusal
+            raise refusal from None
 
 
 def _softhsm_store(conf: str) -> Path | None:
