@@ -12,8 +12,12 @@ from keyreeve_common.errors import (
     Conflict,
     FailedPrecondition,
     InvalidRequest,
+    KeyNotFound,
     KeyreeveError,
+    StorageBusy,
+    StorageFull,
     TokenPinIncorrect,
+    Unavailable,
 )
 from keyreeve_common.grpc_edge import current_peer
 from keyreeve_common.identity import TrustDomain
@@ -153,14 +157,25 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
                 spki_der=base64.b64decode(made["spki_der"]),
                 attributes=made["attributes"],
             )
-        except KeyreeveError:
+        except (StorageBusy, StorageFull):
             await self._destroy_quietly(entry.key_id, record)  # the retry makes it anew; no half-known key stays behind
             raise
+        except KeyreeveError as error:
+            # A commit whose answer was lost may stand, and then the catalog names this very key: only the retry can tell.
+            log_warning("key_creation_in_doubt", key_id=entry.key_id, detail=error.detail)
+            raise
         if done is None:
-            await self._destroy_quietly(entry.key_id, record)  # another process was first
-            done = await self._threads.run(self._catalog.key, entry.key_id)
+            await self._destroy_quietly(entry.key_id, record)
+            return await self._made_elsewhere(entry.key_id)
         self._access.apply_key(done)
         return done
+
+    async def _made_elsewhere(self, key_id: KeyId) -> KeyEntry:
+        """Another replica works on the same request: its key, or Unavailable while it has none under this id."""
+        try:
+            return await self._threads.run(self._catalog.key, key_id)
+        except KeyNotFound:
+            raise Unavailable("another replica is making this key; retry with the same request_id") from None
 
     async def _create_renamed(self, entry: KeyEntry) -> KeyEntry:
         """An earlier creation was cut off after the token had made its key: that one was never given out and never will be."""
@@ -169,7 +184,7 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         )
         renamed = await self._threads.run(self._catalog.rename_intent, entry.key_id)
         if renamed is None:
-            return await self._threads.run(self._catalog.key, entry.key_id)
+            return await self._made_elsewhere(entry.key_id)
         return await self._create(renamed)
 
     async def _destroy(self, record: bytes) -> None:

@@ -116,6 +116,36 @@ async def test_key_that_cannot_be_recorded_is_destroyed(rig: Rig, monkeypatch: p
     assert (await rig.create()).key_id
 
 
+async def test_key_whose_commit_is_in_doubt_is_not_destroyed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete = rig.threads.catalog.complete_key
+
+    def committed_unheard(*arguments: Any, **named: Any) -> None:
+        complete(*arguments, **named)
+        raise Unavailable("the connection went with the answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.threads.catalog, "complete_key", committed_unheard)
+        with pytest.raises(Unavailable):
+            await rig.create()
+    assert rig.signer.named("destroy_key") == []
+    made = await rig.create()
+    assert made.state == keyserver_pb2.KEY_STATE_ENABLED
+    assert len(rig.signer.named("create_key")) == 1
+
+
+async def test_intent_renamed_by_another_replica_is_a_retry(rig: Rig) -> None:
+    rig.signer.go.clear()
+    creating = asyncio.create_task(rig.create())
+    while not rig.signer.calls:
+        await asyncio.sleep(0.001)
+    renamed = rig.threads.catalog.rename_intent(rig.signer.named("create_key")[0]["key_id"])
+    rig.signer.go.set()
+    with pytest.raises(Unavailable, match="retry with the same request_id"):
+        await creating
+    assert renamed is not None
+    assert (await rig.create()).key_id == renamed.key_id
+
+
 async def test_concurrent_retries_ask_the_signer_once(rig: Rig) -> None:
     rig.signer.go.clear()
     calls = [asyncio.create_task(rig.create()) for _ in range(4)]
