@@ -55,7 +55,7 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         self._trust_domain = trust_domain
         self._timeout_s = control_timeout.total_seconds()
         self._clock = clock
-        self._creating: dict[KeyId, asyncio.Task[KeyEntry]] = {}
+        self._creating: dict[str, asyncio.Task[KeyEntry]] = {}  # by request id: a key id may change on the way
 
     @property
     def _catalog(self) -> Catalog:
@@ -66,7 +66,7 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         self._link.capabilities  # noqa: B018 - no intent is recorded while there is no signer
         entry = await self._threads.run(self._catalog.begin_key, new, now=self._clock())
         if entry.state is None:
-            entry = await self._create_once(entry)
+            entry = await self._create_once(request.request_id, entry)
             log("key_created", caller=current_peer().name, key_id=entry.key_id, backend=entry.backend)
         return self._shown(entry)
 
@@ -112,17 +112,17 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         self._access.apply_key(entry)
         return entry
 
-    async def _create_once(self, entry: KeyEntry) -> KeyEntry:
+    async def _create_once(self, request_id: str, entry: KeyEntry) -> KeyEntry:
         """The creation goes on when its caller gives up; a retry that comes meanwhile waits for the same one."""
-        task = self._creating.get(entry.key_id)
+        task = self._creating.get(request_id)
         if task is None:
             task = asyncio.create_task(self._create(entry))
-            self._creating[entry.key_id] = task
-            task.add_done_callback(lambda done: self._created(entry.key_id, done))
+            self._creating[request_id] = task
+            task.add_done_callback(lambda done: self._created(request_id, entry.key_id, done))
         return await asyncio.shield(task)
 
-    def _created(self, key_id: KeyId, task: asyncio.Task[KeyEntry]) -> None:
-        self._creating.pop(key_id, None)
+    def _created(self, request_id: str, key_id: KeyId, task: asyncio.Task[KeyEntry]) -> None:
+        self._creating.pop(request_id, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             detail = error.detail if isinstance(error, KeyreeveError) else type(error).__name__
             log_warning("key_creation_failed", key_id=key_id, detail=detail)

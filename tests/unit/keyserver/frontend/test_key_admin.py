@@ -146,6 +146,21 @@ async def test_intent_renamed_by_another_replica_is_a_retry(rig: Rig) -> None:
     assert (await rig.create()).key_id == renamed.key_id
 
 
+async def test_retry_waits_for_a_creation_under_a_new_id(rig: Rig) -> None:
+    rig.signer.failures = [Conflict("the token holds a key with this id already")]
+    first = asyncio.create_task(rig.create())
+    while not rig.signer.calls:
+        await asyncio.sleep(0.001)
+    rig.signer.go.clear()
+    while len(rig.signer.calls) < 2:
+        await asyncio.sleep(0.001)
+    retry = asyncio.create_task(rig.create())
+    await asyncio.sleep(0.05)
+    rig.signer.go.set()
+    assert (await first).key_id == (await retry).key_id
+    assert len(rig.signer.named("create_key")) == 2
+
+
 async def test_concurrent_retries_ask_the_signer_once(rig: Rig) -> None:
     rig.signer.go.clear()
     calls = [asyncio.create_task(rig.create()) for _ in range(4)]
