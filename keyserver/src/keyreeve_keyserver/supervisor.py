@@ -63,7 +63,8 @@ class Supervisor:
                 log("supervisor_stopped")
                 return 0
             log_warning("process_ended", process=ended, signer_code=signer_code, front_end_code=front_end_code)
-            for process, code in (("signer", signer_code), ("front_end", front_end_code)):
+            # Also the one that was being stopped: a refused PIN is final whichever of the two ended first.
+            for process, code in (("signer", pair.signer.returncode), ("front_end", pair.front_end.returncode)):
                 if code in _FINAL:
                     log_error("not_restarted", process=process, exit_code=code, detail=_reason(code))
                     return code
