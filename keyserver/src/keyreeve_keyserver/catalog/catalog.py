@@ -168,10 +168,10 @@ class Catalog(GrantRows):
         with self._read() as connection:
             return [key_entry(row) for row in connection.execute(query)]
 
-    def sealed_record(self, key_id: KeyId) -> bytes | None:
-        """What the signer needs to load the key; None for a destroyed or unknown one."""
+    def sealed_record(self, key_id: KeyId, *, states: tuple[KeyState, ...] = tuple(KeyState)) -> bytes | None:
+        """What the signer needs to load or destroy the key; None for an unknown one, one in no such state, one whose record is wiped."""
         with self._read() as connection:
-            query = select(keys.c.sealed_record).where(keys.c.key_id == key_id, keys.c.state != CREATING)
+            query = select(keys.c.sealed_record).where(keys.c.key_id == key_id, keys.c.state.in_(states))
             found = connection.execute(query).scalar_one_or_none()
         return None if found is None else bytes(found)
 

@@ -6,13 +6,16 @@ import asyncio
 import base64
 from collections import Counter
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from datetime import timedelta
+from time import monotonic
 from typing import Any
 
-from keyreeve_common.errors import ErrorCode, KeyNotFound, KeyreeveError
+from keyreeve_common.errors import DeadlineExceeded, ErrorCode, KeyNotFound, KeyreeveError
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.telemetry import log_exception
 
+from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import CatalogThreads
 from keyreeve_keyserver.frontend.signer_link import OnResults, SignerLink
@@ -66,30 +69,48 @@ class SigningEngine:
     async def _load_and_resend(
         self, caller: str, items: list[SignItem], on_results: OnResults, timeout_s: float
     ) -> None:
+        began = monotonic()
         key_ids = list({item.key_id for item in items})
-        outcomes = await asyncio.gather(*(self._load(key_id) for key_id in key_ids), return_exceptions=True)
+        loads = (self._load(key_id, within_s=timeout_s) for key_id in key_ids)
+        outcomes = await asyncio.gather(*loads, return_exceptions=True)
         failures = {key_id: _shown(outcome) for key_id, outcome in zip(key_ids, outcomes, strict=True) if outcome}
         if failures:
             on_results([Refused(item.id, failures[item.key_id]) for item in items if item.key_id in failures])
-        again = [item for item in items if item.key_id not in failures]
+        spent_s = monotonic() - began
+        again = [_later(item, spent_s) for item in items if item.key_id not in failures]
         if again:
-            self._link.submit(caller, again, on_results, timeout_s=timeout_s)
+            self._link.submit(caller, again, on_results, timeout_s=max(timeout_s - spent_s, 0))
 
-    async def _load(self, key_id: KeyId) -> None:
-        """Loads a key once, however many wait for it."""
+    async def _load(self, key_id: KeyId, *, within_s: float) -> None:
+        """Loads a key once, however many wait for it; who waits too long gives up alone. Raises: DeadlineExceeded."""
         task = self._loading.get(key_id)
         if task is None:
             task = asyncio.create_task(self._load_now(key_id))
             self._loading[key_id] = task
-            task.add_done_callback(lambda _: self._loading.pop(key_id, None))
-        await asyncio.shield(task)
+            task.add_done_callback(lambda done: self._loaded(key_id, done))
+        try:
+            async with asyncio.timeout(within_s):
+                await asyncio.shield(task)
+        except TimeoutError:
+            raise DeadlineExceeded("deadline passed while the key was being loaded") from None
+
+    def _loaded(self, key_id: KeyId, task: asyncio.Task[None]) -> None:
+        self._loading.pop(key_id, None)
+        if not task.cancelled():
+            task.exception()  # looked at here, since everyone who waited may have given up
 
     async def _load_now(self, key_id: KeyId) -> None:
-        record = await self._threads.run(self._threads.catalog.sealed_record, key_id)
+        states = (KeyState.ENABLED,)
+        record = await self._threads.run(self._threads.catalog.sealed_record, key_id, states=states)
         if record is None:
             raise KeyNotFound()
         encoded = base64.b64encode(record).decode("ascii")
         await self._link.control("load_key", timeout=self._control_timeout_s, record=encoded)
+
+
+def _later(item: SignItem, spent_s: float) -> SignItem:
+    """`item` with what is left of its deadline; 1 ms at least, for the signer to refuse."""
+    return replace(item, deadline_ms=max(item.deadline_ms - int(spent_s * 1000), 1))
 
 
 def _is_unloaded(result: SignResult) -> bool:
