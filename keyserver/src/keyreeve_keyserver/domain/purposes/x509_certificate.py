@@ -7,6 +7,7 @@ Spec: X509-SVID 2 to 4 (rules X5-01 to X5-15 of docs/spec-conformance.md); RFC 5
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import re
 from datetime import datetime, timedelta
 from typing import TypeVar
@@ -32,6 +33,14 @@ _MAY_BE_CRITICAL = frozenset(
         ExtensionOID.NAME_CONSTRAINTS,
     }
 )
+_UNDERSTOOD = _MAY_BE_CRITICAL | {
+    ExtensionOID.SUBJECT_KEY_IDENTIFIER,
+    ExtensionOID.AUTHORITY_KEY_IDENTIFIER,
+    ExtensionOID.AUTHORITY_INFORMATION_ACCESS,
+    ExtensionOID.CRL_DISTRIBUTION_POINTS,
+    ExtensionOID.CERTIFICATE_POLICIES,
+}
+_ADDRESS = (ipaddress.IPv4Address, ipaddress.IPv6Address)
 _LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _DNS_NAME = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*", re.ASCII)
 _KEY_USAGES = (
@@ -56,8 +65,9 @@ def check_x509_certificate(message: bytes, record: KeyRecord, scheme: SignatureS
     _check_validity(tbs.certificate, profile, now)
     _check_subject_key(tbs.spki_der)
     for extension in tbs.extensions:
-        known = not extension.critical or extension.oid in _MAY_BE_CRITICAL
-        _require(known, f"critical extension {extension.oid.dotted_string} is not one that this authority certifies")
+        known = extension.oid in (_MAY_BE_CRITICAL if extension.critical else _UNDERSTOOD)
+        kind = "critical extension" if extension.critical else "extension"
+        _require(known, f"{kind} {extension.oid.dotted_string} is not one that this authority certifies")
     spiffe_id = _check_subject_alternative_name(tbs, profile)
     if profile.kind is AuthorityKind.ROOT:
         _check_authority(tbs, profile, spiffe_id)
@@ -95,6 +105,9 @@ def _check_subject_alternative_name(tbs: TbsCertificate, profile: AuthorityProfi
     _require(len(uris) == 1, f"X5-01 {len(uris)} URI SANs, exactly one is allowed")
     known = (x509.UniformResourceIdentifier, x509.DNSName, x509.IPAddress)
     _require(all(isinstance(name, known) for name in names), "SAN of a type other than URI, DNS and IP")
+    # `cryptography` reads 8 and 32 octets as a network, which is for name constraints only (RFC 5280 4.2.1.6).
+    addresses = names.get_values_for_type(x509.IPAddress)
+    _require(all(isinstance(address, _ADDRESS) for address in addresses), "IP SAN is not one address")
     _require(
         extension.critical or len(tbs.certificate.subject) > 0, "X5-05 subject is empty and the SAN is not critical"
     )
