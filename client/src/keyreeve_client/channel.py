@@ -16,21 +16,26 @@ import grpc
 import grpc.aio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from keyreeve_common.errors import FailedPrecondition, KeyreeveError, SvidInvalid
+from keyreeve_common.grpc_edge import KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, MAX_MESSAGE_BYTES
 from keyreeve_common.identity import SpiffeId
 from keyreeve_common.telemetry import log, log_warning
 from keyreeve_common.x509_svid import load_chain_pem, tls_name_of
 
 CLOSE_GRACE_SECONDS = 10.0
-# A server that was not told otherwise hangs up on clients that ping an idle connection more often than every 5 minutes. Setting a
-# keepalive at all also sets TCP_USER_TIMEOUT: a peer that does not acknowledge data is given up after `keepalive_timeout_ms`.
-KEEPALIVE_MS = 310_000
 _OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.use_local_subchannel_pool", 1),  # a renewed SVID must not reuse the connection of the old one
     ("grpc.enable_retries", 0),  # callers know what may be repeated
+)
+# Setting a keepalive at all also sets TCP_USER_TIMEOUT: a peer that does not acknowledge data is given up after `keepalive_timeout_ms`.
+_PING_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),  # what a ping is waited for; 60 seconds when left alone
+    ("grpc.http2.max_pings_without_data", 0),  # else the third ping of a stream that only listens is never sent
 )
 
 
@@ -93,6 +98,7 @@ def _check_pair(key_pem: bytes, chain_pem: bytes) -> None:
 def _options(server_id: SpiffeId, keepalive_ms: int) -> list[tuple[str, int | str]]:
     return [
         *_OPTIONS,
+        *_PING_OPTIONS,
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.ssl_target_name_override", tls_name_of(server_id)),
     ]
@@ -123,7 +129,7 @@ def open_sync_local_channel(socket: Path) -> grpc.Channel:
 
 
 def _local_options() -> list[tuple[str, int | str]]:
-    return [*_OPTIONS[1:], ("grpc.default_authority", "localhost")]
+    return [*_OPTIONS, ("grpc.default_authority", "localhost")]
 
 
 class ReloadingChannel:

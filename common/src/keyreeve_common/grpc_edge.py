@@ -16,15 +16,12 @@ import grpc
 from cryptography import x509
 
 from keyreeve_common.errors import (
-    DeadlineExceeded,
     ErrorCode,
     ForeignTrustDomain,
     Internal,
     KeyreeveError,
     PermissionDenied,
-    StorageBusy,
     Unauthenticated,
-    Unavailable,
     error_from_code,
 )
 from keyreeve_common.identity import SpiffeId, TrustDomain
@@ -36,6 +33,21 @@ ERROR_CODE_TRAILER = "keyreeve-error-code"
 RETRY_AFTER_TRAILER = "keyreeve-retry-after-ms"
 LOCAL = "local"  # in `allow` tables: whoever may open the service's own Unix socket
 ANYONE = "anyone"  # in `allow` tables: whoever may connect
+
+# What the two ends of a connection must agree on. A client pings a quiet connection every KEEPALIVE_MS for as long as a call is open on it, and
+# gives it up KEEPALIVE_TIMEOUT_MS later, so that a peer that vanished is missed after 35 seconds at most. A server hangs up on a client that
+# pings more often than it allows, by default every 5 minutes: every server of ours starts with SERVER_PING_OPTIONS.
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # gRPC's own limit of 4 MiB is about 2,000 assignments
+KEEPALIVE_MS = 30_000
+KEEPALIVE_TIMEOUT_MS = 5_000
+MIN_PING_INTERVAL_MS = 10_000
+SERVER_PING_OPTIONS = (
+    ("grpc.keepalive_permit_without_calls", 1),
+    (
+        "grpc.http2.min_ping_interval_without_data_ms",
+        MIN_PING_INTERVAL_MS,
+    ),  # "min_recv_ping_interval..." names only C's macro
+)
 
 # RPC frameworks are untyped at this point: handlers, requests and contexts are `Any` here and nowhere else.
 Handler = Any
@@ -235,6 +247,3 @@ def error_to_proto(error: KeyreeveError) -> types_pb2.Error:
 def error_from_proto(message: types_pb2.Error) -> KeyreeveError:
     retry_after = message.retry_after.ToTimedelta() if message.HasField("retry_after") else None
     return error_from_code(message.code, message.detail, retry_after)
-
-
-RETRYABLE = (Unavailable, DeadlineExceeded, StorageBusy)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from keyreeve_client.channel import ReloadingChannel, SvidFiles, TlsIdentity, open_channel, open_sync_channel
 from keyreeve_common.errors import FailedPrecondition, SvidInvalid, Unavailable
-from keyreeve_common.grpc_edge import ANYONE, EdgeInterceptor, current_peer, error_from_rpc
+from keyreeve_common.grpc_edge import (
+    ANYONE,
+    KEEPALIVE_MS,
+    KEEPALIVE_TIMEOUT_MS,
+    SERVER_PING_OPTIONS,
+    EdgeInterceptor,
+    current_peer,
+    error_from_rpc,
+)
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.v1 import ca_pb2, ca_pb2_grpc
 from keyreeve_common.x509_svid import tls_name_of
@@ -86,6 +94,15 @@ class EchoHealth(ca_pb2_grpc.HealthServicer):
         return ca_pb2.HealthResponse(serving=True, detail=current_peer().name)
 
 
+class Assigning(ca_pb2_grpc.AgentsServicer):
+    """Pushes one state of about 8 MiB, then is silent."""
+
+    async def WatchAssignments(self, request: Any, context: Any) -> AsyncIterator[ca_pb2.Assignments]:
+        one = ca_pb2.Assignment(entry_id="e", chain_der=[bytes(2048)])
+        yield ca_pb2.Assignments(sequence=1, assignments=[one] * 4096)
+        await asyncio.Event().wait()
+
+
 @dataclass
 class Served:
     pki: Pki
@@ -98,8 +115,10 @@ async def served() -> AsyncIterator[Served]:
     identity = pki.identity(SERVER_ID)
     assert identity.key_pem
     assert identity.chain_pem
-    edge = EdgeInterceptor(lambda: TD, {"/keyreeve.ca.v1.Health/": (ANYONE,)})
-    server = grpc.aio.server(interceptors=[edge])
+    edge = EdgeInterceptor(lambda: TD, {"/keyreeve.ca.v1.Health/": (ANYONE,), "/keyreeve.ca.v1.Agents/": (ANYONE,)})
+    pings = [("grpc.http2.min_ping_interval_without_data_ms", 500)]  # as SERVER_PING_OPTIONS, for hurried clients
+    server = grpc.aio.server(interceptors=[edge], options=pings)
+    ca_pb2_grpc.add_AgentsServicer_to_server(Assigning(), server)
     ca_pb2_grpc.add_HealthServicer_to_server(EchoHealth(), server)
     credentials = grpc.ssl_server_credentials(
         [(identity.key_pem, identity.chain_pem)], pki.bundle_pem, require_client_auth=True
@@ -145,6 +164,63 @@ async def test_blocking_channel(served: Served) -> None:
             return ca_pb2_grpc.HealthStub(channel).Check(ca_pb2.HealthRequest(), timeout=20).detail
 
     assert await asyncio.to_thread(run) == str(CLIENT_ID)
+
+
+async def watch(channel: grpc.aio.Channel) -> Any:
+    stub: Any = ca_pb2_grpc.AgentsStub(channel)  # type: ignore[arg-type]
+    return stub.WatchAssignments(ca_pb2.WatchAssignmentsRequest())
+
+
+async def test_a_push_of_thousands_of_assignments_arrives(served: Served) -> None:
+    channel = open_channel(served.target, served.pki.identity(CLIENT_ID), server_id=SERVER_ID)
+    message = await (await watch(channel)).read()
+    assert len(message.assignments) == 4096
+    await channel.close()
+
+
+@dataclass
+class Cable:
+    """A TCP connection to `target` that can be cut without a word to either end."""
+
+    target: str
+    cut: bool = False
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, port = self.target.split(":")
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        self.writers += [writer, far_writer]
+        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            if not self.cut:
+                writer.write(data)
+
+
+async def test_a_server_that_vanishes_is_missed_by_a_stream_that_only_listens(served: Served) -> None:
+    cable = Cable(served.target)
+    proxy = await asyncio.start_server(cable.carry, "127.0.0.1", 0)
+    target = f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+    channel = open_channel(target, served.pki.identity(CLIENT_ID), server_id=SERVER_ID, keepalive_ms=1_000)
+    call = await watch(channel)
+    await call.read()
+    waiting = asyncio.create_task(call.read())
+    await asyncio.sleep(4)  # several pings: the connection is quiet and stays
+    assert not waiting.done()
+    cable.cut = True
+    with pytest.raises(grpc.RpcError):
+        await asyncio.wait_for(waiting, KEEPALIVE_TIMEOUT_MS / 1000 + 5)
+    await channel.close()
+    for writer in cable.writers:
+        writer.close()
+    proxy.close()
+
+
+def test_servers_allow_the_pings_that_clients_send() -> None:
+    allowed = dict(SERVER_PING_OPTIONS)["grpc.http2.min_ping_interval_without_data_ms"]
+    assert allowed * 2 <= KEEPALIVE_MS
+    assert 30_000 <= KEEPALIVE_MS + KEEPALIVE_TIMEOUT_MS <= 40_000
 
 
 def write(files: SvidFiles, identity: TlsIdentity) -> None:
