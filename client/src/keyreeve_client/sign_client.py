@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -161,10 +161,10 @@ class SignStreamClient:
 
     def __init__(self, channel: Callable[[], Awaitable[grpc.aio.Channel]]) -> None:
         self._channel = channel
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: OrderedDict[int, _Waiting] = OrderedDict()  # by id, in order of arrival
         self._wake = asyncio.Event()
         self._stream: _Stream | None = None
-        self._readers: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._sender: asyncio.Task[None] | None = None
         self._next_id = 0
         self._closed = False
@@ -198,7 +198,7 @@ class SignStreamClient:
             deadline_ms=max(1, int((deadline - _EDGE_MARGIN) / timedelta(milliseconds=1))),
         )
         waiting = _Waiting(item, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
+        self._waiting[item.id] = waiting
         self._start_sender()
         try:
             async with asyncio.timeout(deadline.total_seconds()):
@@ -214,7 +214,7 @@ class SignStreamClient:
     async def close(self) -> None:
         """Fails what waits with Unavailable and ends the stream."""
         self._closed = True
-        tasks = [task for task in (self._sender, *self._readers) if task is not None]
+        tasks = [task for task in (self._sender, *self._tasks) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -225,7 +225,8 @@ class SignStreamClient:
         return self._next_id
 
     def _give_up(self, waiting: _Waiting) -> None:
-        """Whatever became of the item, it holds no slot any more; an answer that comes later finds nobody."""
+        """Whatever became of the item, it holds no slot and no memory any more; an answer that comes later finds nobody."""
+        self._waiting.pop(waiting.item.id, None)
         if self._stream is not None and self._stream.settle(waiting.item.id) is not None:
             self._wake.set()
 
@@ -252,30 +253,31 @@ class SignStreamClient:
     async def _ready_stream(self) -> _Stream:
         channel = await self._channel()
         if self._stream is not None and self._stream.channel is not channel:
-            await self._retire(self._stream)
+            self._retire(self._stream)
         if self._stream is None:
             call = keyserver_pb2_grpc.SigningStub(cast("Any", channel)).SignStream()
             self._stream = _Stream(channel, call)
             reader = asyncio.create_task(self._read(self._stream), name="sign-stream-reader")
             self._stream.reader = reader
-            self._readers.add(reader)
-            reader.add_done_callback(self._readers.discard)
+            self._track(reader)
         return self._stream
 
-    async def _retire(self, stream: _Stream) -> None:
+    def _track(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _retire(self, stream: _Stream) -> None:
+        """Ends the stream once its answers are in; a server that hangs keeps nobody from the new one."""
         self._stream = None
-        with contextlib.suppress(
-            grpc.RpcError, asyncio.InvalidStateError
-        ):  # it broke meanwhile; its reader says so to those who wait
-            await stream.call.done_writing()
+        self._track(asyncio.create_task(_end_writing(stream.call), name="sign-stream-end"))
 
     def _take_batch(self) -> list[_Waiting]:
-        """The next items in order of arrival, at most MAX_BATCH_ITEMS and about MAX_BATCH_BYTES; those given up are dropped."""
+        """The next items in order of arrival, at most MAX_BATCH_ITEMS and about MAX_BATCH_BYTES."""
         taken: list[_Waiting] = []
         size = 0
         while self._waiting and len(taken) < MAX_BATCH_ITEMS and size < MAX_BATCH_BYTES:
-            waiting = self._waiting.popleft()
-            if not waiting.answer.done():
+            _, waiting = self._waiting.popitem(last=False)
+            if not waiting.answer.done():  # else its caller was told to give up in this very turn of the loop
                 taken.append(waiting)
                 size += len(waiting.item.message)
         return taken
@@ -319,7 +321,7 @@ class SignStreamClient:
 
     def _fail_waiting(self, error: KeyreeveError) -> None:
         while self._waiting:
-            waiting = self._waiting.popleft()
+            _, waiting = self._waiting.popitem(last=False)
             if not waiting.answer.done():
                 waiting.answer.set_exception(error)
 
@@ -332,6 +334,11 @@ def _deliver(stream: _Stream, result: keyserver_pb2.SignResult) -> None:
         future.set_result(bytes(result.signature))
     else:
         future.set_exception(error_from_proto(result.error))
+
+
+async def _end_writing(call: Any) -> None:
+    with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # it broke; its reader says so to those who wait
+        await call.done_writing()
 
 
 async def _end_of(call: Any) -> KeyreeveError:

@@ -151,6 +151,19 @@ async def test_deadline_frees_its_slot(signing: Any) -> None:
         assert await call(client, b"next")
 
 
+async def test_a_request_that_was_given_up_while_it_waited_is_forgotten(signing: Any) -> None:
+    async with stream_client(signing) as client:
+        held = start(client, MAX_BATCH_ITEMS * MAX_BATCHES_IN_FLIGHT)
+        while client._stream is None or len(client._stream.batches) < MAX_BATCHES_IN_FLIGHT:
+            await asyncio.sleep(0)
+        late = [asyncio.create_task(call(client, b"late", deadline=timedelta(milliseconds=60))) for _ in range(5)]
+        results = await asyncio.gather(*late, return_exceptions=True)
+        assert [type(result) for result in results] == [DeadlineExceeded] * 5
+        assert not client._waiting
+        signing.service.gate.set()
+        assert len(await asyncio.gather(*held)) == len(held)
+
+
 async def test_cancelled_caller_leaves_nothing_behind(signing: Any) -> None:
     async with stream_client(signing) as client:
         task = start(client, 1)[0]
@@ -178,6 +191,30 @@ async def test_new_channel_gets_a_new_stream_and_the_old_one_finishes(signing: A
     signing.service.gate.set()
     assert len(await asyncio.gather(*first, *second)) == 2
     assert signing.service.streams == 2
+    await client.close()
+    for channel in channels:
+        await channel.close()
+
+
+async def test_an_old_stream_that_does_not_end_keeps_nobody_from_the_new_one(
+    signing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signing.service.gate.set()
+    channels = [open_local_channel(signing.socket), open_local_channel(signing.socket)]
+    at = 0
+
+    async def current() -> grpc.aio.Channel:
+        return channels[at]
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    client = SignStreamClient(current)
+    assert await call(client, b"first")
+    assert client._stream is not None
+    monkeypatch.setattr(client._stream.call, "done_writing", never)
+    at = 1
+    assert await call(client, b"second", deadline=timedelta(seconds=2))
     await client.close()
     for channel in channels:
         await channel.close()
