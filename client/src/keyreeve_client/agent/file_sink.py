@@ -87,6 +87,7 @@ class FileSink:
 
     def withdraw(self, reason: str) -> bool:
         """Marks the identity as not assigned any more; False when it was marked already, or never written."""
+        self._check_links()
         marker = self.directory / WITHDRAWN
         if marker.exists() or self.current_version is None:
             return False
@@ -112,14 +113,29 @@ class FileSink:
         write_atomic(self.directory / RELOADED, f"{version}\n".encode())
 
     def _prepare_directory(self) -> None:
+        self._check_links()
         self.directory.mkdir(parents=True, exist_ok=True)
-        status = self.directory.stat()
-        if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ConfigInvalid(
-                f"{self.directory}: only the agent's user may own and write this directory; "
-                f"run: chown {os.geteuid()} {self.directory} && chmod go-w {self.directory}"
-            )
-        self._give(self.directory)
+        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if status.st_uid not in _trusted() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ConfigInvalid(
+                    f"{self.directory}: only the agent's user may own and write this directory; "
+                    f"run: chown {os.geteuid()} {self.directory} && chmod go-w {self.directory}"
+                )
+            self._give(descriptor)  # what was checked, whatever stands at the path by now
+        finally:
+            os.close(descriptor)
+
+    def _check_links(self) -> None:
+        """A proxy's user who owns a directory above this one could send the agent, often root, to somebody else's directory."""
+        for path in (self.directory, *self.directory.parents):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                status = path.lstat()
+                if stat.S_ISLNK(status.st_mode) and status.st_uid not in _trusted():
+                    raise ConfigInvalid(
+                        f"{path}: a symbolic link of user {status.st_uid}, which the agent does not follow"
+                    )
 
     def _is_current(self, files: SvidFiles) -> bool:
         uid, gid = self.ownership.ids()
@@ -150,14 +166,14 @@ class FileSink:
         unfinished.rename(self.directory / version)
         return version
 
-    def _give(self, directory: Path) -> None:
+    def _give(self, directory: int | Path) -> None:
         """A directory stays the agent's, so that no proxy can replace what is in it; the group may look in."""
         group, mode = self.ownership.ids()[1], 0o750 if self.ownership.restricted else 0o755
-        status = directory.stat()
+        status = os.stat(directory)
         if status.st_gid != group:
             os.chown(directory, -1, group)
         if stat.S_IMODE(status.st_mode) != mode:
-            directory.chmod(mode)
+            os.chmod(directory, mode)
 
     def _switch(self, version: str) -> None:
         link = self.directory / f".{CURRENT}"
@@ -174,6 +190,10 @@ class FileSink:
             if version not in kept:
                 with contextlib.suppress(OSError):
                     shutil.rmtree(self.directory / version)
+
+
+def _trusted() -> tuple[int, int]:
+    return 0, os.geteuid()
 
 
 def _sync_directory(path: Path) -> None:

@@ -203,6 +203,35 @@ def test_a_directory_of_another_user_is_refused(sink: FileSink) -> None:
         sink.publish(OLD)
 
 
+@needs_root
+@pytest.mark.parametrize("below", ["web", "tls/web"])
+def test_a_link_of_another_user_is_not_followed(tmp_path: Path, below: str) -> None:
+    """The proxy's user owns the directory above and points the agent at a directory of root."""
+    victim = tmp_path / "victim"
+    (victim / "web" / "v1").mkdir(parents=True)
+    home = tmp_path / "home"
+    home.mkdir()
+    link = home / Path(below).parts[0]
+    link.symlink_to(victim / "web" if below == "web" else victim)
+    for path in (home, link):
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    (victim / "web").chmod(0o700)
+    sink = FileSink(home / below, Ownership(group="nogroup"))
+    with pytest.raises(ConfigInvalid, match="symbolic link of user 65534"):
+        sink.publish(OLD)
+    with pytest.raises(ConfigInvalid, match="symbolic link of user 65534"):
+        sink.withdraw("not assigned")
+    assert stat.S_IMODE((victim / "web").stat().st_mode) == 0o700
+    assert [path.name for path in (victim / "web").iterdir()] == ["v1"]
+
+
+@needs_root
+def test_a_link_of_the_agent_s_user_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert FileSink(tmp_path / "link" / "web", Ownership()).publish(OLD)
+
+
 def test_a_file_in_the_way_is_a_typed_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(KeyreeveError):
