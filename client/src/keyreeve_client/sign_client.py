@@ -337,7 +337,9 @@ def _deliver(stream: _Stream, result: keyserver_pb2.SignResult) -> None:
 
 
 async def _end_writing(call: Any) -> None:
-    with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # it broke; its reader says so to those who wait
+    with contextlib.suppress(
+        grpc.RpcError, asyncio.InvalidStateError
+    ):  # it broke; its reader says so to those who wait
         await call.done_writing()
 
 

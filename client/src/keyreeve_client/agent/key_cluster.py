@@ -1,4 +1,7 @@
-"""The way to the key cluster: one stream per key server, the last one that worked first, the others when it is unavailable."""
+"""The way to the key cluster: one stream per key server, the last one that worked first, the others when it is unavailable.
+
+A key server that takes requests and answers nothing costs those that it holds, for their time is up; later ones go to the next.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ from keyreeve_client.agent.assignments import Clock, utc_now
 from keyreeve_client.channel import ReloadingChannel, SvidFiles
 from keyreeve_client.sign_client import SignStreamClient
 
+_SILENCE_SECONDS = 0.25  # shorter deadlines say little about the key server, and any local process may choose them
+
 
 @dataclass(eq=False)
 class KeyServer:
@@ -28,6 +33,7 @@ class KeyServer:
     stream: SignStreamClient
     last_success: datetime | None = None
     last_error: KeyreeveError | None = None
+    answered_at: float = 0.0  # of the loop's clock
 
 
 class KeyCluster:
@@ -51,6 +57,7 @@ class KeyCluster:
         for offset in range(len(self.servers)):
             index = (self._preferred + offset) % len(self.servers)
             server = self.servers[index]
+            asked_at = loop.time()
             try:
                 signature = await server.stream.sign(
                     request.key_id,
@@ -61,6 +68,8 @@ class KeyCluster:
                 )
             except DeadlineExceeded:
                 self._note(server, Unavailable("key server did not answer in time"))
+                if index == self._preferred and loop.time() - max(asked_at, server.answered_at) >= _SILENCE_SECONDS:
+                    self._preferred = (index + 1) % len(self.servers)
                 raise
             except Unavailable as failure:
                 self._note(server, failure)
@@ -86,6 +95,7 @@ class KeyCluster:
     def _note(self, server: KeyServer, error: KeyreeveError | None) -> None:
         if error is None:
             server.last_success = self._clock()
+            server.answered_at = asyncio.get_running_loop().time()
             if server.last_error is not None:
                 log("key_server_back", address=server.address)
         elif server.last_error is None:
