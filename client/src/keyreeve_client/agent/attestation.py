@@ -20,10 +20,13 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from keyreeve_common.errors import (
     AttestationFailed,
+    ConfigInvalid,
+    DeadlineExceeded,
     FailedPrecondition,
     KeyreeveError,
     NotFound,
     PermissionDenied,
+    RateLimited,
     SvidInvalid,
     Unauthenticated,
     Unavailable,
@@ -96,7 +99,7 @@ class NodeIdentity:
                 await self.attest()
             except REFUSALS as error:
                 raise AttestationFailed(f"CA refused the join token: {error.detail}; {NEW_TOKEN}") from error
-            except Unavailable as error:
+            except (Unavailable, DeadlineExceeded, RateLimited) as error:
                 log_warning("attestation_waits_for_ca", address=self.config.ca.attest_address, detail=error.detail)
             else:
                 return
@@ -127,21 +130,17 @@ class NodeIdentity:
         path = self.config.join_token_file
         assert path is not None  # noqa: S101 - callers looked
         token = read_secret(path).decode("ascii", errors="replace")
-        bundle_pem = self.config.bundle_file.read_bytes()
+        bundle = self._configured_bundle()
         key = ec.generate_private_key(ec.SECP256R1())
         request = ca_pb2.AttestNodeRequest(
             join_token=ca_pb2.JoinTokenAttestation(token=token), csr_der=_csr(key), agent_version=VERSION
         )
-        channel = open_channel(self.config.ca.attest_address, TlsIdentity(bundle_pem), server_id=self.config.ca_id)
+        channel = open_channel(self.config.ca.attest_address, TlsIdentity(to_pem(bundle)), server_id=self.config.ca_id)
         try:
             answer = await _unary(ca_pb2_grpc.NodeAttestationStub(channel).AttestNode, request)
         finally:
             await channel.close()
-        authorities = (
-            parse_bundle(answer.bundle, self.config.trust_domain)
-            if answer.HasField("bundle")
-            else load_chain_pem(bundle_pem)
-        )
+        authorities = parse_bundle(answer.bundle, self.config.trust_domain) if answer.HasField("bundle") else bundle
         svid = self._checked(answer.chain_der, key, authorities)
         if str(svid.spiffe_id) != answer.spiffe_id:
             raise SvidInvalid(f"CA attested this node as {answer.spiffe_id[:256]!r}, the SVID says {svid.spiffe_id}")
@@ -152,6 +151,16 @@ class NodeIdentity:
             path.unlink()
         except OSError as error:
             log_warning("join_token_kept", path=str(path), detail=error.strerror, reason="it was used and is worthless")
+
+    def _configured_bundle(self) -> list[x509.Certificate]:
+        """Raises: ConfigInvalid."""
+        path = self.config.bundle_file
+        try:
+            return load_chain_pem(path.read_bytes())
+        except OSError as error:
+            raise ConfigInvalid(f"{path}: bundle_file cannot be read: {error.strerror}") from error
+        except SvidInvalid as error:
+            raise ConfigInvalid(f"{path}: bundle_file {error.detail.removeprefix('file ')}") from error
 
     async def renew(self, channel: ReloadingChannel) -> None:
         """Raises: KeyreeveError as the CA said it; Unavailable; SvidInvalid for a wrong answer."""
@@ -229,3 +238,10 @@ async def _unary(method: Any, request: object) -> Any:
         return await method(request, timeout=_RPC_TIMEOUT)
     except grpc.RpcError as error:
         raise error_from_rpc(error) from error
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Unavailable(
+            "channel to the CA was closed"
+        ) from None  # grpc.aio cancels the calls of a channel that is closed
