@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from keyreeve_common.errors import InvalidRequest
 from keyreeve_common.identity import TrustDomain
 from keyreeve_common.v1 import types_pb2
+from keyreeve_common.x509_svid import UNREADABLE
 
 DEFAULT_REFRESH = timedelta(minutes=5)  # TB-09
 X509_USE = "x509-svid"
@@ -87,7 +88,7 @@ class Bundle:
 def _check_authority(certificate: x509.Certificate) -> None:
     try:
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except (x509.ExtensionNotFound, *UNREADABLE):
         raise InvalidRequest("X5-08 authority of a bundle is not a CA certificate") from None
     if not constraints.ca:
         raise InvalidRequest("X5-08 authority of a bundle is not a CA certificate")
@@ -97,7 +98,7 @@ def parse_bundle_pem(pem: bytes, trust_domain: TrustDomain) -> Bundle:
     """Raises: InvalidRequest. An empty file is refused: nobody writes one on purpose."""
     try:
         return Bundle(trust_domain, tuple(x509.load_pem_x509_certificates(pem)))
-    except ValueError:
+    except UNREADABLE:
         raise InvalidRequest("bundle holds no PEM certificate, or is cut short") from None
 
 
@@ -170,7 +171,7 @@ def _authority_der(jwk: Any) -> bytes | None:
 def _load_der(der: bytes) -> x509.Certificate:
     try:
         return x509.load_der_x509_certificate(der)
-    except ValueError:
+    except UNREADABLE:
         raise InvalidRequest("X5-22 authority of a bundle is not a DER certificate") from None
 
 

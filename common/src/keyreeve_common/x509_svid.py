@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
@@ -19,6 +20,13 @@ from keyreeve_common.errors import ForeignTrustDomain, InvalidSpiffeId, SvidExpi
 from keyreeve_common.identity import SpiffeId, TrustDomain
 
 RESERVED_DNS_ZONE = "keyreeve.invalid"
+UNREADABLE = (  # what `cryptography` raises for certificates that it cannot read; most of these are no ValueError
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 def tls_name_of(spiffe_id: SpiffeId) -> str:
@@ -73,7 +81,7 @@ def parse_x509_svid(certificate: x509.Certificate) -> X509Svid:
         if spiffe_id.is_trust_domain_id:
             raise SvidInvalid("X5-04 SPIFFE ID of a leaf has no path")
         _check_usage(extensions)
-    except (ValueError, x509.DuplicateExtension) as error:
+    except UNREADABLE as error:
         raise SvidInvalid(f"certificate cannot be read: {type(error).__name__}") from error
     return X509Svid(spiffe_id, certificate)
 
@@ -138,7 +146,7 @@ def verify_chain(
     verifier = PolicyBuilder().store(Store(list(authorities))).time(now.astimezone(UTC)).build_client_verifier()
     try:
         verifier.verify(chain[0], list(chain[1:]))
-    except VerificationError as error:
+    except (VerificationError, *UNREADABLE) as error:
         raise SvidInvalid(f"chain does not lead to an authority of {trust_domain}: {error}") from error
     return svid
 
@@ -147,7 +155,7 @@ def load_chain_der(chain_der: Sequence[bytes]) -> list[x509.Certificate]:
     """Raises: SvidInvalid."""
     try:
         return [x509.load_der_x509_certificate(der) for der in chain_der]
-    except ValueError as error:
+    except UNREADABLE as error:
         raise SvidInvalid("chain holds something that is not a DER certificate") from error
 
 
@@ -155,7 +163,7 @@ def load_chain_pem(pem: bytes) -> list[x509.Certificate]:
     """Raises: SvidInvalid."""
     try:
         return x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
+    except UNREADABLE as error:
         raise SvidInvalid("file holds no PEM certificate, or is cut short") from error
 
 

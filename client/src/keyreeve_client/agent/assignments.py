@@ -19,7 +19,7 @@ from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.key_id import KeyId, parse_key_id
 from keyreeve_common.schemes import KeyType, key_type_of
 from keyreeve_common.v1 import ca_pb2, types_pb2
-from keyreeve_common.x509_svid import X509Svid, load_chain_der, verify_chain
+from keyreeve_common.x509_svid import UNREADABLE, X509Svid, load_chain_der, verify_chain
 
 from keyreeve_client.agent.authorisation import Delegate, KeyRules, Selector, Selectors
 
@@ -132,12 +132,12 @@ def parse_assignments(
             good.append(_verify(item, trust_domain=trust_domain, authorities=authorities, now=now))
         except KeyreeveError as error:
             bad.append(Refused(item.entry_id, item.spiffe_id, error))
-        except ValueError as error:
+        except UNREADABLE as error:
             bad.append(Refused(item.entry_id, item.spiffe_id, _unreadable(error)))
     return AgentState.of(message.sequence, good, bad)
 
 
-def _unreadable(error: ValueError) -> KeyreeveError:
+def _unreadable(error: Exception) -> KeyreeveError:
     return error_from_code(ErrorCode.SVID_INVALID.value, f"assignment cannot be read: {type(error).__name__}")
 
 

@@ -56,6 +56,7 @@ def test_a_good_one() -> None:
     CurrentKeys(state).check(KeyId("key-web"), ME)
 
 
+OF_VERSION_6 = PKI.svid("/web", key=KEY).chain_der[0].replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x05", 1)
 BAD = [
     pytest.param({"spiffe_id": "spiffe://example.org/db"}, ErrorCode.SVID_INVALID, id="another SPIFFE ID"),
     pytest.param({"spki_der": spki(ec.generate_private_key(ec.SECP256R1()))}, ErrorCode.SVID_INVALID, id="another key"),
@@ -71,6 +72,7 @@ BAD = [
     pytest.param({"chain_der": PKI.ca_leaf("/web").chain_der}, ErrorCode.SVID_INVALID, id="CA certificate"),
     pytest.param({"chain_der": []}, ErrorCode.SVID_INVALID, id="no chain"),
     pytest.param({"chain_der": [b"junk"]}, ErrorCode.SVID_INVALID, id="junk chain"),
+    pytest.param({"chain_der": [OF_VERSION_6]}, ErrorCode.SVID_INVALID, id="no such X.509 version"),
     pytest.param({"key_id": "Not A Key"}, ErrorCode.INVALID_REQUEST, id="bad key id"),
     pytest.param({"spiffe_id": "https://x"}, ErrorCode.SPIFFE_ID_INVALID, id="bad SPIFFE ID"),
     pytest.param(
