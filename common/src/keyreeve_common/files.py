@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+import threading
 from pathlib import Path
 
 from keyreeve_common.errors import ConfigInvalid, Internal, KeyreeveError, StorageFull
@@ -14,13 +16,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, owner: tuple[int, int] | None = None) -> None:
-    """Replaces `path` by `data`: a reader sees the old content or the new, and a crash leaves one of them.
+    """Replaces `path` by `data`: a reader sees the old content or the new, a crash leaves one of them, and after the return the new.
 
     Raises: StorageFull; Internal for any other fault of the file system.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.new")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        temporary.unlink(
+            missing_ok=True
+        )  # what a crash left, or somebody laid there who keeps it open: never written to
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             _write_all(descriptor, data)
             if owner is not None:
@@ -30,9 +35,20 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, owner: tuple[int
         finally:
             os.close(descriptor)
         temporary.replace(path)
+        sync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise storage_error(error, path) from error
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in `path` outlast a crash. Raises: OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -54,7 +70,9 @@ def read_secret(path: Path) -> bytes:
     Raises: ConfigInvalid when it is missing, empty, over 4,096 bytes, or readable by other users.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        )  # a pipe would keep us waiting for its writer
     except OSError as error:
         raise ConfigInvalid(f"{path}: secret file cannot be read: {error.strerror}") from error
     try:

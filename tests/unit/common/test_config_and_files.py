@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from keyreeve_common.config import load_config, parse_duration
-from keyreeve_common.errors import ConfigInvalid, StorageFull
+from keyreeve_common.errors import ConfigInvalid, Internal, StorageFull
 from keyreeve_common.files import make_private_directory, read_secret, write_atomic
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.schemes import KeyType
@@ -141,12 +142,58 @@ def test_secret_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
         read_secret(tmp_path)
 
 
+def test_secret_that_is_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pin", 0o600)
+    with pytest.raises(ConfigInvalid, match="not a regular file"):
+        read_secret(tmp_path / "pin")
+
+
 def test_write_atomic_replaces_whole_and_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "chain.pem"
     write_atomic(path, b"old")
     write_atomic(path, b"new", mode=0o640)
     assert path.read_bytes() == b"new"
     assert path.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_atomic_below_what_is_no_directory_is_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Internal, match="Not a directory"):
+        write_atomic(tmp_path / "file" / "chain.pem", b"new")
+
+
+def test_write_atomic_writes_into_no_file_that_somebody_laid_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laid: list[Path] = []
+    real = os.open
+
+    def racing(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_CREAT:
+            laid.append(path)
+            path.write_bytes(b"laid")
+            os.link(path, tmp_path / "kept")
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", racing)
+    with pytest.raises(Internal, match="File exists"):
+        write_atomic(tmp_path / "svid.pem", b"private key")
+    assert laid
+    assert (tmp_path / "kept").read_bytes() == b"laid"
+
+
+def test_write_atomic_in_two_threads_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    contents = [letter * 50_000 for letter in (b"a", b"b")]
+
+    def write_often(data: bytes) -> None:
+        for _ in range(100):
+            write_atomic(path, data)
+            assert path.read_bytes() in contents
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write_often, contents))
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keyreeve_common.errors import ConfigInvalid, KeyreeveError
-from keyreeve_common.files import storage_error, write_atomic
+from keyreeve_common.files import storage_error, sync_directory, write_atomic
 
 _VERSION = re.compile(r"v(\d{1,18})", re.ASCII)
 _UNFINISHED = ".new"
@@ -162,7 +162,7 @@ class FileSink:
         for name, data in files.by_name().items():
             write_atomic(unfinished / name, data, mode=0o640 if self.ownership.restricted else 0o644, owner=(uid, gid))
         self._give(unfinished)
-        _sync_directory(unfinished)
+        sync_directory(unfinished)
         unfinished.rename(self.directory / version)
         return version
 
@@ -180,7 +180,7 @@ class FileSink:
         link.unlink(missing_ok=True)
         link.symlink_to(version)
         link.rename(self.directory / CURRENT)
-        _sync_directory(self.directory)
+        sync_directory(self.directory)
 
     def _remove_unfinished(self) -> None:
         shutil.rmtree(self.directory / _UNFINISHED, ignore_errors=True)
@@ -194,14 +194,6 @@ class FileSink:
 
 def _trusted() -> tuple[int, int]:
     return 0, os.geteuid()
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _typed(error: OSError, path: Path) -> KeyreeveError:
