@@ -296,7 +296,7 @@ def test_configuration_faults_are_named(tmp_path: Path) -> None:
     good.write_text(text)
     passphrase = tmp_path / "etc" / "passphrase"
     passphrase.chmod(0o644)
-    assert "open to others (mode 0644): chmod 0600" in start(good, "--check-config").stderr
+    assert "open to other users; run: chmod 600" in start(good, "--check-config").stderr
     passphrase.chmod(0o600)
     passphrase.write_text("short\n")
     assert "fewer than 16 bytes" in start(good, "--check-config").stderr

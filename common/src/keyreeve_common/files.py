@@ -76,11 +76,7 @@ def read_secret(path: Path) -> bytes:
     except OSError as error:
         raise ConfigInvalid(f"{path}: secret file cannot be read: {error.strerror}") from error
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigInvalid(f"{path}: secret is not a regular file")
-        if status.st_mode & (stat.S_IRWXO | stat.S_IWGRP):
-            raise ConfigInvalid(f"{path}: secret file is open to other users; run: chmod 600 {path}")
+        _require_secret(path, os.fstat(descriptor))
         data = os.read(descriptor, MAX_SECRET_BYTES + 1)
     finally:
         os.close(descriptor)
@@ -90,6 +86,25 @@ def read_secret(path: Path) -> bytes:
     if not secret:
         raise ConfigInvalid(f"{path}: secret file is empty")
     return secret
+
+
+def check_secret_file(path: Path) -> None:
+    """For whoever passes a secret file on and is not to know the secret: looks at the file, never into it.
+
+    Raises: ConfigInvalid when it is missing, no regular file, or readable by other users.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ConfigInvalid(f"{path}: secret file cannot be read: {error.strerror}") from error
+    _require_secret(path, status)
+
+
+def _require_secret(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigInvalid(f"{path}: secret is not a regular file")
+    if status.st_mode & (stat.S_IRWXO | stat.S_IWGRP):
+        raise ConfigInvalid(f"{path}: secret file is open to other users; run: chmod 600 {path}")
 
 
 def make_private_directory(path: Path, *, mode: int = 0o700) -> None:

@@ -88,7 +88,7 @@ def test_each_fault_of_a_key_host_is_named(services: Services, etc: Path, tmp_pa
     assert found["backend hsm"]["state"] == "failed"
     assert found["backend hsm"]["detail"].endswith("token is not there")
     assert found["configuration of signer"]["state"] == "failed", "the signer refuses an open passphrase file as well"
-    assert "open to others" in found["configuration of signer"]["detail"]
+    assert "open to other users" in found["configuration of signer"]["detail"]
 
 
 def test_a_configuration_that_is_wrong_is_named_by_its_service(services: Services, etc: Path) -> None:

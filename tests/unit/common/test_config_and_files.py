@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from keyreeve_common.config import load_config, parse_duration
 from keyreeve_common.errors import ConfigInvalid, Internal, StorageFull
-from keyreeve_common.files import make_private_directory, read_secret, write_atomic
+from keyreeve_common.files import check_secret_file, make_private_directory, read_secret, write_atomic
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.schemes import KeyType
 
@@ -135,6 +135,31 @@ def test_empty_or_huge_secret_is_refused(tmp_path: Path, content: bytes) -> None
     path.chmod(0o600)
     with pytest.raises(ConfigInvalid):
         read_secret(path)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o440])
+def test_secret_may_be_for_its_group_to_read(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "pin"
+    path.write_text("1234\n")
+    path.chmod(mode)
+    assert read_secret(path) == b"1234"
+    check_secret_file(path)
+
+
+def test_secret_is_checked_without_being_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pin"
+    path.write_text("1234\n")
+    path.chmod(0o600)
+
+    def looked_into(*_: object, **__: object) -> None:
+        raise AssertionError("the secret was opened")
+
+    monkeypatch.setattr(os, "open", looked_into)
+    check_secret_file(path)
+    path.chmod(0o604)
+    for wrong in (path, tmp_path, tmp_path / "missing"):
+        with pytest.raises(ConfigInvalid):
+            check_secret_file(wrong)
 
 
 def test_secret_that_is_not_a_file_is_refused(tmp_path: Path) -> None:

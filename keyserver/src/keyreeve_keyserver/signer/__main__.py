@@ -19,12 +19,13 @@ from pathlib import Path
 
 from keyreeve_common.config import load_config
 from keyreeve_common.errors import ConfigInvalid, KeyreeveError, TokenPinIncorrect
+from keyreeve_common.files import check_secret_file, read_secret
 from keyreeve_common.telemetry import configure_logging, log, log_error, notify_ready
 
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend
 from keyreeve_keyserver.backends.software import SoftwareBackend
-from keyreeve_keyserver.signer.config import BackendConfig, BackendKind, SignerConfig, read_secret_file
+from keyreeve_keyserver.signer.config import BackendConfig, BackendKind, SignerConfig
 from keyreeve_keyserver.signer.controls import ControlService
 from keyreeve_keyserver.signer.sealing import (
     KeyEncryptionKey,
@@ -75,10 +76,10 @@ def _check(config: SignerConfig, *, listens: bool) -> None:
     if listens and not config.listen.allowed_uids:
         raise ConfigInvalid("listen.allowed_uids is empty: no one could connect")
     if config.sealing.passphrase_file is not None:
-        check_passphrase(read_secret_file(config.sealing.passphrase_file, "sealing.passphrase_file"))
+        check_passphrase(read_secret(config.sealing.passphrase_file))
     for backend in config.backend:
         if backend.pin_file is not None and backend.pin_file.exists():
-            read_secret_file(backend.pin_file, f"backend {backend.name}: pin_file")
+            check_secret_file(backend.pin_file)  # only the workers read the PIN
 
 
 async def _run(config: SignerConfig, arguments: argparse.Namespace) -> None:
@@ -147,7 +148,7 @@ def _key_encryption_key(config: SignerConfig, backends: dict[str, Backend]) -> K
     """Raises: ConfigInvalid."""
     sealing = config.sealing
     if sealing.passphrase_file is not None:
-        passphrase = check_passphrase(read_secret_file(sealing.passphrase_file, "sealing.passphrase_file"))
+        passphrase = check_passphrase(read_secret(sealing.passphrase_file))
         return PassphraseKey(load_kdf_parameters(sealing.kdf_path).derive(passphrase))
     backend = backends[sealing.token_backend or ""]
     assert isinstance(backend, Pkcs11Backend) and sealing.token_key_label  # noqa: S101, PT018 - SignerConfig holds it

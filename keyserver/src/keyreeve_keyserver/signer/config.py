@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
@@ -13,7 +12,6 @@ from keyreeve_common.key_id import parse_key_id
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES
 
 MAX_WORKERS = 64
-_FORBIDDEN_MODE = stat.S_IRWXO | stat.S_IWGRP
 
 
 class BackendKind(StrEnum):
@@ -112,21 +110,6 @@ class SignerConfig:
     @property
     def default_name(self) -> str:
         return self.default_backend or self.backend[0].name
-
-
-def read_secret_file(path: Path, key: str) -> bytes:
-    """The content of a file that only its owner, and maybe a group, can read. Raises: ConfigInvalid, which never shows the content."""
-    try:
-        with path.open("rb") as file:
-            mode = path.stat().st_mode
-            content = file.read(4_097)
-    except OSError as error:
-        raise ConfigInvalid(f"{key} {path} cannot be read: {error.strerror}") from None
-    if mode & _FORBIDDEN_MODE:
-        raise ConfigInvalid(f"{key} {path} is open to others (mode {stat.S_IMODE(mode):04o}): chmod 0600 it")
-    if len(content) > 4_096:
-        raise ConfigInvalid(f"{key} {path} has more than 4096 bytes")
-    return content.rstrip(b"\r\n")
 
 
 def _check_name(name: str, key: str) -> None:

@@ -15,7 +15,6 @@ from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.wire import bytes32
 from keyreeve_keyserver.domain.keys import AuthorityKind, KeyRecord, canonical_json, parse_record_header
 from keyreeve_keyserver.domain.secret import Secret
-from keyreeve_keyserver.signer.config import read_secret_file
 from keyreeve_keyserver.signer.sealing import KdfParameters, PassphraseKey, Sealer, load_kdf_parameters
 from keyreeve_testing.tbs import AUTHORITY_NAME, authority_record, handshake_record
 
@@ -188,16 +187,3 @@ def test_kdf_file_with_a_fault_is_refused(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(ConfigInvalid, match="restore it from a backup"):
         load_kdf_parameters(path)
-
-
-def test_secret_file_is_for_its_owner(tmp_path: Path) -> None:
-    path = tmp_path / "secret"
-    path.write_text("value\n")
-    for mode in (0o644, 0o604, 0o620):
-        path.chmod(mode)
-        with pytest.raises(ConfigInvalid, match="chmod 0600") as refused:
-            read_secret_file(path, "key")
-        assert "value" not in str(refused.value)
-    for mode in (0o600, 0o400, 0o440):
-        path.chmod(mode)
-        assert read_secret_file(path, "key") == b"value"
