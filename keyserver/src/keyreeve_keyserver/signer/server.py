@@ -48,7 +48,8 @@ class Server:
         server = await asyncio.start_unix_server(self._accept, sock=_bind(path))
         ready.set()
         try:
-            await server.serve_forever()
+            # Not serve_forever: from Python 3.12 on its end waits for the peers to go, and a front end does not go by itself.
+            await asyncio.get_running_loop().create_future()
         finally:
             server.close()
             for connection in self._connections:
