@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 from keyreeve_common.errors import KeyreeveError, Unavailable
 from keyreeve_common.grpc_edge import LOCAL
 from keyreeve_common.key_id import KeyId
-from keyreeve_common.telemetry import log, log_warning
+from keyreeve_common.telemetry import log, log_exception, log_warning
 
 from keyreeve_keyserver.catalog.catalog import Catalog
 from keyreeve_keyserver.catalog.records import Changes, GrantEntry, KeyEntry
@@ -108,6 +108,11 @@ class Access:
             except KeyreeveError as error:
                 if not failing:
                     log_warning("catalog_not_readable", code=error.code.value, detail=error.detail)
+                failing = True
+                continue
+            except Exception:
+                if not failing:
+                    log_exception("catalog_not_readable")
                 failing = True
                 continue
             if failing:

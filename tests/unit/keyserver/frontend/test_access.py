@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -120,6 +121,28 @@ async def test_failing_reads_are_said(threads: CatalogThreads, monkeypatch: pyte
     monkeypatch.setattr(threads.catalog, "changes_since", busy)
     with pytest.raises(StorageBusy):
         await access.refresh()
+
+
+async def test_a_row_that_cannot_be_read_does_not_end_the_following(
+    threads: CatalogThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = Access(threads, max_staleness=timedelta(seconds=60))
+    read, calls = threads.catalog.changes_since, 0
+
+    def once_odd(seq: int) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise ValueError("'quantum' is not a valid KeyRole")
+        return read(seq)
+
+    monkeypatch.setattr(threads.catalog, "changes_since", once_odd)
+    following = asyncio.create_task(access.follow(timedelta(milliseconds=1)))
+    async with asyncio.timeout(5):
+        while calls < 3:
+            await asyncio.sleep(0.001)
+    assert not following.done()
+    following.cancel()
 
 
 def test_entries_are_values() -> None:
