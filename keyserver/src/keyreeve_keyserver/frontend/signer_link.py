@@ -64,7 +64,7 @@ class _Connection(asyncio.Protocol):
 
 
 class SignerLink:
-    """`serve` keeps the connection; `submit` and `control` use it. `on_connected` runs each time a signer has answered anew."""
+    """`serve_descriptor` or `serve_path` keeps the connection; `submit` and `control` use it; `ready` is set while a signer serves."""
 
     def __init__(self, *, bytes_in_flight: int) -> None:
         self._limit = bytes_in_flight
@@ -106,15 +106,18 @@ class SignerLink:
                 await asyncio.sleep(pause if pause is not None else _RECONNECT_S[-1])
                 continue
             pauses = iter(())
-            await self._use(connection)
-            await asyncio.sleep(_RECONNECT_S[0])
+            served = await self._use(connection)
+            await asyncio.sleep(_RECONNECT_S[0] if served else _RECONNECT_S[-1])
 
-    async def _use(self, connection: _Connection) -> None:
+    async def _use(self, connection: _Connection) -> bool:
+        """Until the connection ends; whether the signer served it at all."""
         self._connection = connection
+        served = False
         try:
             self._capabilities = await self.control("capabilities", timeout=_CAPABILITIES_TIMEOUT_S)
             log("signer_connected", backends=_names(self._capabilities))
             self.ready.set()
+            served = True
             await connection.closed.wait()
         except KeyreeveError as error:
             log_warning("signer_not_ready", detail=error.detail)
@@ -122,6 +125,7 @@ class SignerLink:
             if connection.transport is not None:
                 connection.transport.abort()
             self._lost(connection)
+        return served
 
     def close(self) -> None:
         if self._connection is not None and self._connection.transport is not None:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from keyreeve_common.errors import DeadlineExceeded, InvalidRequest, KeyreeveError, Unavailable
@@ -175,3 +176,19 @@ def test_large_batches_are_cut_to_the_frame() -> None:
     for part in parts:
         assert len(frames.SignBatch(1, "spiffe://" + "t" * 255 + "/" + "x" * 1700, tuple(part)).to_bytes()) > 0
     assert list(_parts(items[:64])) == [items[:64]]
+
+
+async def test_a_signer_that_refuses_us_is_not_stormed(tmp_path: Path) -> None:
+    refused = 0
+
+    async def refuse(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal refused
+        refused += 1
+        writer.close()
+
+    async with await asyncio.start_unix_server(refuse, tmp_path / "s"):
+        link = SignerLink(bytes_in_flight=BYTES)
+        serving = asyncio.create_task(link.serve_path(tmp_path / "s"))
+        await asyncio.sleep(0.4)
+        serving.cancel()
+    assert refused == 1
