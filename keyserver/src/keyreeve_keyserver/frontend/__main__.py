@@ -7,6 +7,7 @@ import asyncio
 import os
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from keyreeve_common.errors import ConfigInvalid, KeyreeveError
@@ -65,8 +66,9 @@ async def _serve(config: KeyServerConfig, frames_fd: int | None, supervisor_fd: 
 
 async def _stop_at_end_of(supervisor: socket.socket, front_end: FrontEnd) -> None:
     """A supervisor that is gone could never stop us: then we stop ourselves, and the signer follows."""
-    while await asyncio.get_running_loop().sock_recv(supervisor, 64):
-        pass
+    with suppress(OSError):  # it was killed before it read what we sent
+        while await asyncio.get_running_loop().sock_recv(supervisor, 64):
+            pass
     front_end.stop()
 
 
