@@ -54,7 +54,9 @@ class TlsIdentity:
         if not chain_file.exists() or not bundle_file.exists():
             return
         try:
-            self._take(load_chain_pem(chain_file.read_bytes()), load_chain_pem(bundle_file.read_bytes()))
+            chain, authorities = load_chain_pem(chain_file.read_bytes()), load_chain_pem(bundle_file.read_bytes())
+            # What the last CSR was for counts only when its certificate comes: it was asked after this one was installed.
+            self._use(self._verified(chain, authorities, expected=self._configured_id))
         except KeyreeveError as error:
             log_warning("installed_svid_not_usable", code=error.code.value, detail=error.detail)
         except OSError as error:
@@ -80,7 +82,7 @@ class TlsIdentity:
         if trust_domain != self._trust_domain.name:
             raise InvalidRequest(f"bundle is not of trust domain {self._trust_domain}, the one of this key server")
         chain, authorities = load_chain_der(chain_der), load_chain_der(authorities_der)
-        installed = self._verified(chain, authorities)
+        installed = self._verified(chain, authorities, expected=self._expected_id())
         write_atomic(self._directory / "bundle.pem", to_pem(authorities))
         write_atomic(self._directory / "svid.pem", to_pem(chain))
         self._use(installed)
@@ -92,19 +94,21 @@ class TlsIdentity:
             raise FailedPrecondition("no SVID is installed; run: keyreeve init")
         return self.installed.configuration
 
-    def _take(self, chain: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]) -> None:
-        self._use(self._verified(chain, authorities))
-
     def _use(self, installed: Installed) -> None:
         self.installed = installed
         svid = installed.svid
         log("svid_in_use", spiffe_id=str(svid.spiffe_id), serial=svid.serial, not_after=svid.not_after.isoformat())
 
-    def _verified(self, chain: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]) -> Installed:
+    def _verified(
+        self,
+        chain: Sequence[x509.Certificate],
+        authorities: Sequence[x509.Certificate],
+        *,
+        expected: SpiffeId | None,
+    ) -> Installed:
         svid = verify_chain(chain, trust_domain=self._trust_domain, authorities=authorities, now=self._clock())
         if _spki(svid.certificate.public_key()) != _spki(self._key().public_key()):
             raise SvidInvalid("the SVID is not of this key server's key; ask for a CSR with GetCsr and certify that")
-        expected = self._expected_id()
         if expected is not None and svid.spiffe_id != expected:
             raise SvidInvalid(f"the SVID is of {svid.spiffe_id}, expected is {expected}")
         pair = (self._key_pem, to_pem(chain))
