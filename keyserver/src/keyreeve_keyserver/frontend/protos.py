@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from keyreeve_common.errors import InvalidRequest
 from keyreeve_common.identity import TrustDomain
@@ -18,6 +19,7 @@ from keyreeve_keyserver.catalog.records import KeyEntry, NewKey
 from keyreeve_keyserver.domain.keys import (
     MAX_LABEL_BYTES,
     MAX_NAME_BYTES,
+    MAX_PROFILE_SECONDS,
     AuthorityKind,
     AuthorityProfile,
     KeyState,
@@ -28,6 +30,7 @@ from keyreeve_keyserver.domain.policy import Grant
 M = TypeVar("M")
 N = TypeVar("N", bound=int)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}", re.ASCII)
+_BACKEND = re.compile(rf"[a-z0-9-]{{1,{MAX_NAME_BYTES}}}", re.ASCII)
 _KEY_TYPES = {types_pb2.KeyType.Value(f"KEY_TYPE_{key_type.name}"): key_type for key_type in KeyType}
 _ROLES = {keyserver_pb2.KeyRole.Value(f"KEY_ROLE_{role.name}"): role for role in KeyRole}
 _STATES = {keyserver_pb2.KeyState.Value(f"KEY_STATE_{state.name}"): state for state in KeyState}
@@ -45,8 +48,8 @@ def new_key_from_proto(request: keyserver_pb2.CreateKeyRequest, own: TrustDomain
         raise InvalidRequest("request_id: 1 to 128 visible ASCII characters, chosen anew for each key")
     if len(request.label.encode()) > MAX_LABEL_BYTES or not request.label.isprintable():
         raise InvalidRequest(f"label: at most {MAX_LABEL_BYTES} bytes, printable")
-    if len(request.backend) > MAX_NAME_BYTES:
-        raise InvalidRequest("backend: name is too long")
+    if request.backend and _BACKEND.fullmatch(request.backend) is None:
+        raise InvalidRequest("backend: is not 1 to 64 of a-z, 0-9 and '-'")
     role = _member(_ROLES, request.role, "role")
     purposes = purposes_from_proto(request.purposes)
     profile = _profile_from_proto(request.authority_profile) if request.HasField("authority_profile") else None
@@ -148,10 +151,17 @@ def _profile_from_proto(message: keyserver_pb2.AuthorityProfile) -> AuthorityPro
         trust_domain=TrustDomain(message.trust_domain),
         kind=kind,
         subject_der=message.subject_der,
-        max_validity=_SECOND * (message.max_validity.ToTimedelta() // _SECOND),
-        max_backdate=_SECOND * max(0, message.max_backdate.ToTimedelta() // _SECOND),
+        max_validity=_duration(message.max_validity, "max_validity"),
+        max_backdate=_duration(message.max_backdate, "max_backdate"),
         max_path_length=message.max_path_length if kind is AuthorityKind.ROOT else None,
     )
+
+
+def _duration(message: Duration, field: str) -> timedelta:
+    """Whole seconds, as the sealed record keeps them."""
+    if not 0 <= message.seconds <= MAX_PROFILE_SECONDS:
+        raise InvalidRequest(f"authority_profile.{field}: allowed are 0 to {MAX_PROFILE_SECONDS} s")
+    return _SECOND * message.seconds
 
 
 def _profile_to_proto(profile: AuthorityProfile) -> keyserver_pb2.AuthorityProfile:
