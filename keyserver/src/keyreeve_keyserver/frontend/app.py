@@ -188,8 +188,8 @@ class FrontEnd:
             raise FailedPrecondition(
                 f"listen: {self._config.listen} cannot be bound; is another server on that port?"
             ) from error
+        self._tls = server  # before the wait: a call of InstallSvid may come here meanwhile
         await server.start()
-        self._tls = server
         log("listening", address=self._config.listen, port=port)
 
     async def _first_of(self, work: Awaitable[object]) -> None:
@@ -239,7 +239,10 @@ def _require_closed(directory: Path) -> None:
 def _open_catalog(config: KeyServerConfig) -> Catalog:
     url = config.catalog_url
     if config.catalog.password_file is not None:
-        url = url.set(password=read_secret(config.catalog.password_file).decode())
+        try:
+            url = url.set(password=read_secret(config.catalog.password_file).decode())
+        except UnicodeDecodeError:  # its text would show a byte of the password
+            raise ConfigInvalid(f"{config.catalog.password_file}: password is not UTF-8") from None
     return Catalog.open(url, busy_timeout=config.catalog.busy_timeout)
 
 
