@@ -180,8 +180,13 @@ class Pkcs11Backend:
             return Internal("the token gave a signature that does not verify")
         return outcome
 
-    async def box(self, box: frames.Box) -> bytes:
-        """Encrypts or decrypts with an AES key of the token. Raises: SealedRecordInvalid, TokenUnavailable."""
+    async def encrypt(self, label: str, nonce: bytes, associated: bytes, data: bytes) -> bytes:
+        return await self._box(frames.Box(decrypt=False, label=label, nonce=nonce, associated=associated, data=data))
+
+    async def decrypt(self, label: str, nonce: bytes, associated: bytes, box: bytes) -> bytes:
+        return await self._box(frames.Box(decrypt=True, label=label, nonce=nonce, associated=associated, data=box))
+
+    async def _box(self, box: frames.Box) -> bytes:
         answer = await self._pool.ask(box, within=self._timeout)
         if not isinstance(answer, frames.Boxed):
             raise Internal("the PKCS#11 worker gave an answer to another question")

@@ -92,3 +92,13 @@ class Backend(Protocol):
 
     async def destroy(self, record: KeyRecord) -> None:
         """Ends the key; one that is gone already is no error. Raises: TokenUnavailable."""
+
+
+class SealingToken(Protocol):
+    """A token that encrypts with AES-256-GCM under a key of its own; `label` names the key, which is made on its first use."""
+
+    async def encrypt(self, label: str, nonce: bytes, associated: bytes, data: bytes) -> bytes:
+        """Raises: TokenUnavailable, StorageFull."""
+
+    async def decrypt(self, label: str, nonce: bytes, associated: bytes, box: bytes) -> bytes:
+        """Raises: SealedRecordInvalid, TokenUnavailable."""

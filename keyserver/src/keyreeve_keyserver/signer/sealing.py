@@ -22,8 +22,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from keyreeve_common.errors import ConfigInvalid, KeyreeveError, MalformedFrame, SealedRecordInvalid
 from keyreeve_common.wire import Reader, bytes32
 
-from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend
-from keyreeve_keyserver.backends.pkcs11_frames import Box
+from keyreeve_keyserver.backends.ports import SealingToken
 from keyreeve_keyserver.domain.keys import KeyRecord, canonical_json, parse_record_header
 from keyreeve_keyserver.domain.secret import Secret
 
@@ -100,21 +99,17 @@ class PassphraseKey:
 class TokenKey:
     """A key-encryption key that never leaves a PKCS#11 token. One at a time encrypts, so that two workers never both make the key."""
 
-    def __init__(self, backend: Pkcs11Backend, label: str) -> None:
-        self._backend = backend
+    def __init__(self, token: SealingToken, label: str) -> None:
+        self._token = token
         self._label = label
         self._encrypting = asyncio.Lock()
 
     async def encrypt(self, nonce: bytes, associated: bytes, data: bytes) -> bytes:
         async with self._encrypting:
-            return await self._backend.box(
-                Box(decrypt=False, label=self._label, nonce=nonce, associated=associated, data=data)
-            )
+            return await self._token.encrypt(self._label, nonce, associated, data)
 
     async def decrypt(self, nonce: bytes, associated: bytes, box: bytes) -> bytes:
-        return await self._backend.box(
-            Box(decrypt=True, label=self._label, nonce=nonce, associated=associated, data=box)
-        )
+        return await self._token.decrypt(self._label, nonce, associated, box)
 
 
 @dataclass(frozen=True, slots=True)
