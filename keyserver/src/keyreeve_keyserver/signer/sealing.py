@@ -20,6 +20,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from keyreeve_common.errors import ConfigInvalid, KeyreeveError, MalformedFrame, SealedRecordInvalid
+from keyreeve_common.files import sync_directory
 from keyreeve_common.wire import Reader, bytes32
 
 from keyreeve_keyserver.backends.ports import SealingToken
@@ -169,6 +170,7 @@ def _create_once(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         if not path.exists():
             os.link(draft, path)
+        sync_directory(path.parent)
     except FileExistsError:
         pass
     finally:
