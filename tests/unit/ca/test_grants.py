@@ -1,0 +1,274 @@
+"""What becomes of grants and keys: made, extended, withdrawn, and never brought back against an operator's will."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from keyreeve_ca.assignment_service import renew_at, renew_entry_svid, sync_agent, withdraw_grants
+from keyreeve_ca.domain.entries import KeyScope, Selector
+from keyreeve_ca.domain.grants import EXPIRY_MARGIN
+from keyreeve_ca.domain.records import SvidState
+from keyreeve_ca.entry_service import create_entry, delete_entry, update_entry
+from keyreeve_common.errors import ErrorCode, StorageBusy, Unavailable
+from keyreeve_common.identity import SpiffeId, TrustDomain
+from keyreeve_common.purposes import Purpose
+from keyreeve_common.schemes import KeyType
+
+TD = TrustDomain("example.org")
+N1, N2 = SpiffeId(TD, "/keyreeve/agent/n1"), SpiffeId(TD, "/keyreeve/agent/n2")
+BOTH = frozenset({Purpose.TLS13_SERVER_VERIFY, Purpose.TLS13_CLIENT_VERIFY})
+
+
+def only(rig: Any, agent: SpiffeId = N1) -> Any:
+    (assignment,) = sync_agent(rig.ca, agent)
+    return assignment
+
+
+def grant_of(rig: Any, key_id: str, agent: SpiffeId = N1) -> Any:
+    (grant,) = rig.cluster.list_grants(key_id=key_id, holder=agent)
+    return grant
+
+
+def test_first_sync_makes_key_svid_and_grant_and_the_second_nothing(rig: Any) -> None:
+    create_entry(rig.ca, rig.entry())
+    first = only(rig)
+    grant = grant_of(rig, first.key.key_id)
+    assert grant.expires_at == first.svid.not_after + EXPIRY_MARGIN
+    assert grant.purposes == BOTH
+    mark = rig.store.change_sequence()
+    second = only(rig)
+    assert (second.key, second.svid) == (first.key, first.svid)
+    assert grant_of(rig, first.key.key_id) == grant
+    assert rig.store.change_sequence() == mark
+
+
+def test_svid_is_renewed_at_half_life_and_its_grant_extended(rig: Any) -> None:
+    create_entry(rig.ca, rig.entry())
+    first = only(rig)
+    life = first.svid.not_after - first.svid.not_before
+    assert 0.45 <= (renew_at(first.svid) - first.svid.not_before) / life <= 0.55
+    rig.clock.now = renew_at(first.svid) - timedelta(seconds=1)
+    assert only(rig).svid == first.svid
+    rig.clock.now = renew_at(first.svid)
+    second = only(rig)
+    assert second.svid.serial != first.svid.serial
+    assert second.key == first.key
+    assert grant_of(rig, first.key.key_id).expires_at == second.svid.not_after + EXPIRY_MARGIN
+
+
+def test_changed_order_is_issued_at_once(rig: Any) -> None:
+    entry = create_entry(rig.ca, rig.entry())
+    first = only(rig)
+    update_entry(rig.ca, replace(entry, dns_names=("a.example.org",)), read_revision=1)
+    assert only(rig).svid.serial != first.svid.serial
+
+
+def test_sharing_entries_have_all_names_and_the_shortest_life(rig: Any) -> None:
+    create_entry(rig.ca, rig.entry(dns_names=("b.example.org",), x509_svid_ttl=timedelta(minutes=30)))
+    create_entry(rig.ca, rig.entry(agent="n2", dns_names=("a.example.org",)))
+    one, two = only(rig), only(rig, N2)
+    assert one.svid == two.svid
+    assert one.svid.not_after == rig.clock.now + timedelta(minutes=30)
+
+
+def test_key_scope_node_has_a_key_per_agent(rig: Any) -> None:
+    for agent in ("n1", "n2"):
+        create_entry(rig.ca, rig.entry(agent=agent, key_scope=KeyScope.NODE))
+    assert only(rig).key.key_id != only(rig, N2).key.key_id
+
+
+def test_expired_grant_is_made_again(rig: Any) -> None:
+    create_entry(rig.ca, rig.entry())
+    first = only(rig)
+    rig.clock.now = first.svid.not_after + timedelta(days=1)  # the CA was away that long
+    second = only(rig)
+    assert second.error is None
+    assert grant_of(rig, first.key.key_id).expires_at > rig.clock.now
+
+
+def test_grant_ends_with_the_entry(rig: Any) -> None:
+    ends = rig.clock.now + timedelta(minutes=7)
+    create_entry(rig.ca, rig.entry(expires_at=ends))
+    assert grant_of(rig, only(rig).key.key_id).expires_at == ends
+
+
+def test_key_that_an_operator_disabled_is_not_enabled_by_a_new_entry(rig: Any) -> None:
+    entry = create_entry(rig.ca, rig.entry())
+    key_id = only(rig).key.key_id
+    rig.cluster.disable_key(key_id)
+    delete_entry(rig.ca, entry.entry_id)
+    withdraw_grants(rig.ca)
+    create_entry(rig.ca, rig.entry())
+    assert only(rig).error.code is ErrorCode.KEY_DISABLED
+    rig.cluster.enable_key(key_id)
+    assert only(rig).key.key_id == key_id
+
+
+def test_other_kind_of_key_is_another_key_and_keeps_the_revocation(rig: Any) -> None:
+    entry = create_entry(rig.ca, rig.entry())
+    first = only(rig)
+    rig.cluster.revoke_grant(first.key.key_id, N1)
+    assert only(rig).error.code is ErrorCode.PERMISSION_DENIED
+    delete_entry(rig.ca, entry.entry_id)
+    withdraw_grants(rig.ca)
+    create_entry(rig.ca, rig.entry(key_type=KeyType.EC_P384))
+    second = only(rig)
+    assert second.error.code is ErrorCode.PERMISSION_DENIED
+    assert not rig.cluster.list_grants(holder=N1)[1:]
+    created = [each for each in rig.store.list_managed_keys() if each.generation == 2]
+    rig.cluster.create_grant(created[0].key_id, N1, purposes=BOTH, expires_at=None)
+    assert only(rig).error is None
+
+
+def test_one_failing_entry_does_not_stop_the_others(rig: Any) -> None:
+    create_entry(rig.ca, rig.entry())
+    revoked = create_entry(rig.ca, rig.entry("/other"))
+    key_id = next(each.key.key_id for each in sync_agent(rig.ca, N1) if each.entry == revoked)
+    rig.cluster.revoke_grant(key_id, N1)
+    by_entry = {each.entry.spiffe_id.path: each for each in sync_agent(rig.ca, N1)}
+    assert by_entry["/web"].error is None
+    assert by_entry["/other"].error.code is ErrorCode.PERMISSION_DENIED
+
+
+def test_cluster_that_is_away_leaves_what_is_valid_and_says_what_is_missing(rig: Any) -> None:
+    create_entry(rig.ca, rig.entry())
+    good = only(rig)
+    create_entry(rig.ca, rig.entry("/new"))
+    rig.cluster.failure = Unavailable("away")
+    by_path = {each.entry.spiffe_id.path: each for each in sync_agent(rig.ca, N1)}
+    assert by_path["/web"].svid == good.svid
+    assert by_path["/new"].error.code is ErrorCode.UNAVAILABLE
+    rig.clock.now = good.svid.not_after
+    assert all(each.error is not None for each in sync_agent(rig.ca, N1))
+    rig.cluster.failure = None
+    assert all(each.error is None for each in sync_agent(rig.ca, N1))
+
+
+def test_failed_withdrawal_is_done_later(rig: Any) -> None:
+    entry = create_entry(rig.ca, rig.entry())
+    key_id = only(rig).key.key_id
+    delete_entry(rig.ca, entry.entry_id)
+    rig.cluster.failure = Unavailable("away")
+    with pytest.raises(Unavailable):
+        withdraw_grants(rig.ca)
+    rig.cluster.failure = None
+    assert not grant_of(rig, key_id).is_revoked
+    withdraw_grants(rig.ca)
+    assert grant_of(rig, key_id).is_revoked
+    withdraw_grants(rig.ca)
+
+
+def test_intent_is_on_record_before_the_signature_and_the_failure_after(rig: Any) -> None:
+    entry = create_entry(rig.ca, rig.entry())
+    only(rig)
+    real = rig.cluster.sign
+
+    def look_then_fail(*_: Any) -> bytes:
+        assert rig.store.list_svids(limit=1)[0].state is SvidState.INTENDED
+        raise Unavailable("away")
+
+    rig.cluster.sign = look_then_fail
+    with pytest.raises(Unavailable):
+        renew_entry_svid(rig.ca, entry.entry_id)
+    rig.cluster.sign = real
+    (last,) = rig.store.list_svids(limit=1)
+    assert (last.state, last.failure) == (SvidState.FAILED, "unavailable: away")
+
+
+def test_svid_that_is_not_on_record_is_not_given_out(rig: Any) -> None:
+    entry = create_entry(rig.ca, rig.entry())
+    first = only(rig)
+
+    def busy(*_: Any) -> None:
+        raise StorageBusy("locked")
+
+    rig.store.record_issued = busy
+    with pytest.raises(StorageBusy):
+        renew_entry_svid(rig.ca, entry.entry_id)
+    del rig.store.record_issued
+    assert only(rig).svid == first.svid
+
+
+class GrantLife(RuleBasedStateMachine):
+    """Entries come and go, time passes, rounds run, an operator revokes: no act of the CA makes a revoked grant work."""
+
+    rig: Any = None
+
+    @initialize()
+    def begin(self) -> None:
+        self.entry: Any = None
+        self.stopped = False
+        self.path = f"/w{len(self.rig.used)}"
+        self.rig.used.append(self.path)
+        self.key_id = ""
+
+    @rule(uid=st.integers(1, 5))
+    def entry_is_created(self, uid: int) -> None:
+        if self.entry is None:
+            self.entry = create_entry(
+                self.rig.ca, self.rig.entry(self.path, selectors=(Selector("unix", f"uid:{uid}"),))
+            )
+
+    @precondition(lambda self: self.entry is not None)
+    @rule()
+    def entry_is_deleted(self) -> None:
+        delete_entry(self.rig.ca, self.entry.entry_id)
+        self.entry = None
+
+    @rule()
+    def withdrawals_run(self) -> None:
+        withdraw_grants(self.rig.ca)
+
+    @rule(minutes=st.integers(1, 90))
+    def time_passes(self, minutes: int) -> None:
+        self.rig.clock.advance(timedelta(minutes=minutes))
+
+    @rule()
+    def sync(self) -> None:
+        for assignment in sync_agent(self.rig.ca, N1):
+            if assignment.entry == self.entry:
+                assert (assignment.error is not None) == self.stopped
+                if assignment.key is not None:
+                    self.key_id = assignment.key.key_id
+
+    @precondition(lambda self: self.entry is not None)
+    @rule()
+    def svid_is_renewed(self) -> None:
+        renew_entry_svid(self.rig.ca, self.entry.entry_id)
+
+    @precondition(lambda self: bool(self.key_id))
+    @rule()
+    def operator_revokes(self) -> None:
+        if not self.rig.cluster.list_grants(key_id=self.key_id, holder=N1)[0].is_revoked:
+            self.rig.cluster.revoke_grant(self.key_id, N1)
+            self.stopped = True
+
+    @precondition(lambda self: bool(self.key_id) and self.stopped and self.entry is not None)
+    @rule()
+    def operator_grants(self) -> None:
+        self.rig.cluster.create_grant(self.key_id, N1, purposes=BOTH, expires_at=None)
+        self.stopped = False
+
+    @invariant()
+    def revoked_stays_revoked(self) -> None:
+        if getattr(self, "stopped", False):
+            assert self.rig.cluster.list_grants(key_id=self.key_id, holder=N1)[0].is_revoked
+
+
+def test_life_of_grants(rig: Any) -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    class Bound(GrantLife):
+        pass
+
+    Bound.rig = rig
+    checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    run_state_machine_as_test(
+        Bound, settings=settings(max_examples=15, stateful_step_count=15, deadline=None, suppress_health_check=checks)
+    )
