@@ -1,4 +1,4 @@
-"""What one agent may serve: for each of its entries a key, an SVID and a grant, made, renewed and withdrawn here.
+"""What one agent may serve: for each of its entries a key, an SVID and a grant, made and renewed here.
 
 Each entry stands for itself: what fails for one is reported with it and the others go on. Everything here can be repeated: keys by request
 id, grants by what the key cluster says of them (`domain.grants`).
@@ -25,14 +25,13 @@ from keyreeve_common.identity import SpiffeId
 from keyreeve_common.purposes import KeyRole
 from keyreeve_common.telemetry import log, log_warning
 
-from keyreeve_ca.domain.entries import Entry, KeyOwner
+from keyreeve_ca.domain.entries import Entry, KeyOwner, check_shared_key
 from keyreeve_ca.domain.grants import (
     EXPIRY_MARGIN,
     GrantAction,
     GrantState,
     NodeGrant,
     decide,
-    decide_withdrawal,
 )
 from keyreeve_ca.domain.records import KeyUse, ManagedKey, SvidRecord, digest_of
 from keyreeve_ca.service import Ca, SvidOrder, issue_x509_svid
@@ -175,6 +174,10 @@ def _ensure_key(ca: Ca, entry: Entry) -> ManagedKey:
             known = replace(known, use=KeyUse.IN_USE)
             ca.store.save_managed_key(known)
             return known
+    # A new generation: never because two entries, created at the same moment, disagree about the key that they share.
+    check_shared_key(entry, ca.store.list_entries(spiffe_id=owner.spiffe_id, limit=_ALL))
+    if known is not None and known.use in (KeyUse.IN_USE, KeyUse.RETIRING):
+        ca.cluster.disable_key(known.key_id)  # its grants die with it, whatever becomes of their rows
     generation = known.generation + 1 if known is not None else 1
     key = ca.cluster.create_key(
         KeySpec(
@@ -236,61 +239,6 @@ def _respect(ca: Ca, known: NodeGrant | None, row: NodeGrant) -> None:
 def _save(ca: Ca, known: NodeGrant | None, row: NodeGrant) -> None:
     if known != row:
         ca.store.save_node_grant(row)
-
-
-def withdraw_grants(ca: Ca) -> None:
-    """Revokes what is marked so, and disables keys that no entry needs. What fails is tried again at the next call.
-
-    Raises: storage errors, and the first error of the key cluster after all were tried.
-    """
-    failure: KeyreeveError | None = None
-    for grant in ca.store.withdrawing_grants():
-        try:
-            with ca.locks(grant.agent):
-                _withdraw(ca, grant)
-        except KeyreeveError as error:
-            failure = failure or error
-    for key in ca.store.list_managed_keys(unused=True):
-        try:
-            with ca.locks(key.owner.digest):
-                _retire(ca, key)
-        except KeyreeveError as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
-
-
-def _withdraw(ca: Ca, grant: NodeGrant) -> None:
-    known = ca.store.get_node_grant(grant.owner, grant.agent)
-    if known is None or known.state is not GrantState.WITHDRAWING:
-        return
-    found = ca.cluster.list_grants(key_id=grant.key_id, holder=grant.agent)
-    seen = found[0] if found else None
-    state = decide_withdrawal(known, seen)
-    if state is None:
-        revoked = ca.cluster.revoke_grant(grant.key_id, grant.agent)
-        known = replace(known, state=GrantState.WITHDRAWN, revoked_at=revoked.revoked_at)
-        log("grant_withdrawn", key_id=grant.key_id, holder=str(grant.agent))
-        ca.store.save_node_grant(known)
-    else:  # another CA instance may have been first: then it knows better
-        ca.store.save_node_grant(replace(known, state=state), expected=GrantState.WITHDRAWING)
-
-
-def _retire(ca: Ca, key: ManagedKey) -> None:
-    if _is_used(ca, key.owner):
-        return
-    if key.use is KeyUse.IN_USE:
-        stopped = ca.cluster.get_key(key.key_id).state is not KeyState.ENABLED
-        intent = replace(key, use=KeyUse.STOPPED if stopped else KeyUse.RETIRING)
-        if not ca.store.save_managed_key(intent, expected=KeyUse.IN_USE) or stopped:
-            return
-    ca.cluster.disable_key(key.key_id)
-    ca.store.save_managed_key(replace(key, use=KeyUse.RETIRED))
-    log("key_disabled", key_id=key.key_id, spiffe_id=str(key.owner.spiffe_id))
-
-
-def _is_used(ca: Ca, owner: KeyOwner) -> bool:
-    return any(each.owner == owner for each in ca.store.list_entries(spiffe_id=owner.spiffe_id, limit=_ALL))
 
 
 def renew_entry_svid(ca: Ca, entry_id: str) -> SvidRecord:

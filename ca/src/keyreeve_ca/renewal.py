@@ -14,12 +14,13 @@ from keyreeve_common.errors import Conflict, KeyreeveError
 from keyreeve_common.identity import SpiffeId
 from keyreeve_common.telemetry import log, log_exception, log_warning
 
-from keyreeve_ca.assignment_service import sync_agent, withdraw_grants
+from keyreeve_ca.assignment_service import sync_agent
 from keyreeve_ca.authority_service import rotate_authorities
 from keyreeve_ca.domain.authority import AuthorityAction
 from keyreeve_ca.entry_service import prune_expired_entries
 from keyreeve_ca.own_svids import OwnSvid, certify_key_server, key_server_is_due
 from keyreeve_ca.service import Ca
+from keyreeve_ca.withdrawal_service import withdraw_grants
 
 _ALL = 1_000_000
 

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from keyreeve_ca.assignment_service import renew_at, renew_entry_svid, sync_agent, withdraw_grants
+from keyreeve_ca.assignment_service import renew_at, renew_entry_svid, sync_agent
 from keyreeve_ca.domain.entries import KeyScope, Selector
 from keyreeve_ca.domain.grants import EXPIRY_MARGIN
 from keyreeve_ca.domain.records import SvidState
 from keyreeve_ca.entry_service import create_entry, delete_entry, update_entry
+from keyreeve_ca.withdrawal_service import withdraw_grants
+from keyreeve_client.key_admin import KeyState
 from keyreeve_common.errors import ErrorCode, StorageBusy, Unavailable
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.purposes import Purpose
@@ -124,6 +126,30 @@ def test_other_kind_of_key_is_another_key_and_keeps_the_revocation(rig: Any) -> 
     created = [each for each in rig.store.list_managed_keys() if each.generation == 2]
     rig.cluster.create_grant(created[0].key_id, N1, purposes=BOTH, expires_at=None)
     assert only(rig).error is None
+
+
+def test_entries_that_came_to_disagree_make_no_keys_without_end(rig: Any) -> None:
+    create_entry(rig.ca, rig.entry())
+    first = only(rig)
+    rig.store.create_entry(
+        rig.entry(selectors=(Selector("unix", "uid:2"),), key_type=KeyType.EC_P384)
+    )  # past the check
+    keys = len(rig.cluster._keys)
+    for _ in range(3):
+        assert [each.error.code if each.error else None for each in sync_agent(rig.ca, N1)].count(None) == 1
+    assert len(rig.cluster._keys) == keys
+    assert rig.cluster.get_key(first.key.key_id).state is KeyState.ENABLED
+
+
+def test_key_of_another_kind_disables_the_one_before(rig: Any) -> None:
+    entry = create_entry(rig.ca, rig.entry())
+    first = only(rig)
+    delete_entry(rig.ca, entry.entry_id)
+    create_entry(rig.ca, rig.entry(key_type=KeyType.EC_P384))  # before the withdrawal ran
+    second = only(rig)
+    assert second.error is None
+    assert second.key.key_id != first.key.key_id
+    assert rig.cluster.get_key(first.key.key_id).state is KeyState.DISABLED
 
 
 def test_one_failing_entry_does_not_stop_the_others(rig: Any) -> None:

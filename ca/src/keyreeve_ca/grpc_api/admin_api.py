@@ -13,7 +13,7 @@ from keyreeve_common.identity import SpiffeId
 from keyreeve_common.telemetry import log_warning
 from keyreeve_common.v1 import ca_pb2, ca_pb2_grpc, types_pb2
 
-from keyreeve_ca.assignment_service import renew_entry_svid, withdraw_grants
+from keyreeve_ca.assignment_service import renew_entry_svid
 from keyreeve_ca.authority_service import activate_authority, prepare_authority
 from keyreeve_ca.domain.authority import active_authority
 from keyreeve_ca.entry_service import create_entry, delete_entry, get_entry, list_entries, update_entry
@@ -30,6 +30,7 @@ from keyreeve_ca.grpc_api.protos import (
 )
 from keyreeve_ca.node_service import ban_agent, create_join_token, evict_agent, list_agents, unban_agent
 from keyreeve_ca.service import Ca, current_bundle, list_svids
+from keyreeve_ca.withdrawal_service import withdraw_grants
 
 R = TypeVar("R")
 

@@ -1,0 +1,71 @@
+"""Taking away: grants that no entry or agent stands behind any more are revoked, keys that no entry needs are disabled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from keyreeve_client.key_admin import KeyState
+from keyreeve_common.errors import KeyreeveError
+from keyreeve_common.telemetry import log
+
+from keyreeve_ca.domain.entries import KeyOwner
+from keyreeve_ca.domain.grants import GrantState, NodeGrant, decide_withdrawal
+from keyreeve_ca.domain.records import KeyUse, ManagedKey
+from keyreeve_ca.service import Ca
+
+_ALL = 1_000_000
+
+
+def withdraw_grants(ca: Ca) -> None:
+    """Revokes what is marked so, and disables keys that no entry needs. What fails is tried again at the next call.
+
+    Raises: storage errors, and the first error of the key cluster after all were tried.
+    """
+    failure: KeyreeveError | None = None
+    for grant in ca.store.withdrawing_grants():
+        try:
+            with ca.locks(grant.agent):
+                _withdraw(ca, grant)
+        except KeyreeveError as error:
+            failure = failure or error
+    for key in ca.store.list_managed_keys(unused=True):
+        try:
+            with ca.locks(key.owner.digest):
+                _retire(ca, key)
+        except KeyreeveError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def _withdraw(ca: Ca, grant: NodeGrant) -> None:
+    known = ca.store.get_node_grant(grant.owner, grant.agent)
+    if known is None or known.state is not GrantState.WITHDRAWING:
+        return
+    found = ca.cluster.list_grants(key_id=grant.key_id, holder=grant.agent)
+    seen = found[0] if found else None
+    state = decide_withdrawal(known, seen)
+    if state is None:
+        revoked = ca.cluster.revoke_grant(grant.key_id, grant.agent)
+        known = replace(known, state=GrantState.WITHDRAWN, revoked_at=revoked.revoked_at)
+        log("grant_withdrawn", key_id=grant.key_id, holder=str(grant.agent))
+        ca.store.save_node_grant(known)
+    else:  # another CA instance may have been first: then it knows better
+        ca.store.save_node_grant(replace(known, state=state), expected=GrantState.WITHDRAWING)
+
+
+def _retire(ca: Ca, key: ManagedKey) -> None:
+    if _is_used(ca, key.owner):
+        return
+    if key.use is KeyUse.IN_USE:
+        stopped = ca.cluster.get_key(key.key_id).state is not KeyState.ENABLED
+        intent = replace(key, use=KeyUse.STOPPED if stopped else KeyUse.RETIRING)
+        if not ca.store.save_managed_key(intent, expected=KeyUse.IN_USE) or stopped:
+            return
+    ca.cluster.disable_key(key.key_id)
+    ca.store.save_managed_key(replace(key, use=KeyUse.RETIRED))
+    log("key_disabled", key_id=key.key_id, spiffe_id=str(key.owner.spiffe_id))
+
+
+def _is_used(ca: Ca, owner: KeyOwner) -> bool:
+    return any(each.owner == owner for each in ca.store.list_entries(spiffe_id=owner.spiffe_id, limit=_ALL))
