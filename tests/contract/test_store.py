@@ -287,6 +287,24 @@ def test_grants_are_withdrawn_with_the_last_entry_and_with_the_agent(store: SqlS
     assert store.get_node_grant(owner, OTHER) == replace(live, agent=OTHER)
 
 
+def test_grant_is_claimed_only_while_an_entry_needs_it_and_its_agent_may_act(store: SqlStore) -> None:
+    owner = entry().owner
+    store.save_managed_key(key(owner))
+    live = NodeGrant(owner, AGENT, "k1", GrantState.LIVE, NOW)
+    assert not store.claim_node_grant(live)
+    store.create_entry(entry())
+    store.save_agent(agent())
+    assert store.claim_node_grant(live)
+    assert not store.claim_node_grant(replace(live, agent=OTHER))
+    store.set_agent_standing(AGENT, banned=None, evicted=True)
+    assert not store.claim_node_grant(live)
+    store.save_agent(agent())
+    assert store.claim_node_grant(live)
+    store.delete_entry("e1")
+    assert not store.claim_node_grant(live)
+    assert store.get_node_grant(owner, AGENT) == replace(live, state=GrantState.WITHDRAWING)
+
+
 def test_keys_without_entries_are_unused(store: SqlStore) -> None:
     shared, own = entry().owner, KeyOwner(WEB, AGENT)
     store.save_managed_key(key(shared))

@@ -206,15 +206,16 @@ def _ensure_grant(ca: Ca, entry: Entry, key: ManagedKey, svid: SvidRecord, seen:
     seen_grant = seen.get(key.key_id)
     match decide(known, seen_grant, until, now):
         case GrantAction.NONE:
-            _save(ca, known, replace(row, expires_at=seen_grant.expires_at if seen_grant else None))
+            _claim(ca, known, replace(row, expires_at=seen_grant.expires_at if seen_grant else None))
         case GrantAction.CREATE:
-            ca.store.save_node_grant(replace(row, state=GrantState.INTENDED))
+            _claim(ca, known, replace(row, state=GrantState.INTENDED))
             seen[key.key_id] = ca.cluster.create_grant(key.key_id, agent, purposes=entry.purposes, expires_at=until)
-            ca.store.save_node_grant(row)
+            # Where the entry went meanwhile the row says withdrawing, and stays so: the grant is revoked next.
+            ca.store.save_node_grant(row, expected=GrantState.INTENDED)
             log("grant_created", key_id=key.key_id, holder=str(agent))
         case GrantAction.EXTEND:
+            _claim(ca, known, row)
             seen[key.key_id] = _extend(ca, row, until)
-            ca.store.save_node_grant(row)
         case GrantAction.RESPECT:
             _respect(ca, known, row)
 
@@ -230,15 +231,16 @@ def _extend(ca: Ca, row: NodeGrant, until: datetime) -> Grant:
 
 
 def _respect(ca: Ca, known: NodeGrant | None, row: NodeGrant) -> None:
-    _save(ca, known, replace(row, state=GrantState.REVOKED, expires_at=None))
+    _claim(ca, known, replace(row, state=GrantState.REVOKED, expires_at=None))
     if known is None or known.state is not GrantState.REVOKED:
         log_warning("grant_revoked_by_operator", key_id=row.key_id, holder=str(row.agent))
     raise PermissionDenied("an operator revoked this node's grant; only an operator's CreateGrant brings it back")
 
 
-def _save(ca: Ca, known: NodeGrant | None, row: NodeGrant) -> None:
-    if known != row:
-        ca.store.save_node_grant(row)
+def _claim(ca: Ca, known: NodeGrant | None, row: NodeGrant) -> None:
+    """Raises: NotFound when the entry was deleted or the agent barred since they were read."""
+    if known != row and not ca.store.claim_node_grant(row):
+        raise NotFound("entry is gone, or its agent may not act any more")
 
 
 def renew_entry_svid(ca: Ca, entry_id: str) -> SvidRecord:

@@ -146,6 +146,13 @@ class Store(Protocol):
         """Whether it was saved; with `expected` only where the stored one is in that state."""
         ...
 
+    def claim_node_grant(self, grant: NodeGrant) -> bool:
+        """Saves it only while an entry needs it and the agent may act, looked at in the same transaction; whether it did.
+
+        So a sync that read an entry before it was deleted cannot undo the withdrawal.
+        """
+        ...
+
     def withdrawing_grants(self) -> list[NodeGrant]: ...
 
     def record_intent(self, record: SvidRecord) -> None:

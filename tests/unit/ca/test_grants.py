@@ -190,6 +190,29 @@ def test_failed_withdrawal_is_done_later(rig: Any) -> None:
     withdraw_grants(rig.ca)
 
 
+@pytest.mark.parametrize("when", ["list_grants", "create_grant", "extend_grant"])
+def test_entry_that_is_deleted_during_a_sync_leaves_no_grant(rig: Any, when: str) -> None:
+    entry = create_entry(rig.ca, rig.entry())
+    if when != "create_grant":
+        first = only(rig)
+        rig.clock.now = renew_at(first.svid)
+    real = getattr(rig.cluster, when)
+
+    def delete_first(*arguments: Any, **named: Any) -> Any:
+        setattr(rig.cluster, when, real)
+        answer = real(*arguments, **named)
+        delete_entry(rig.ca, entry.entry_id)
+        return answer
+
+    setattr(rig.cluster, when, delete_first)
+    sync_agent(rig.ca, N1)
+    withdraw_grants(rig.ca)
+    (grant,) = rig.cluster.list_grants(holder=N1)
+    assert grant.is_revoked
+    create_entry(rig.ca, rig.entry())
+    assert only(rig).error is None
+
+
 def test_intent_is_on_record_before_the_signature_and_the_failure_after(rig: Any) -> None:
     entry = create_entry(rig.ca, rig.entry())
     only(rig)

@@ -27,6 +27,7 @@ from keyreeve_ca.store.rows import (
     owner_from_row,
 )
 
+_A = schema.agents.c
 _E = schema.entries.c
 _G = schema.node_grants.c
 _K = schema.managed_keys.c
@@ -125,6 +126,18 @@ class EntryRecords(Part):
             if not saved and expected is None:
                 connection.execute(schema.node_grants.insert().values(**row))
             return saved or expected is None
+
+    def claim_node_grant(self, grant: NodeGrant) -> bool:
+        row = grant_to_row(grant)
+        needing = select(_E.entry_id).where(_E.owner == row["owner"], _E.parent_id == row["agent"])
+        barred = select(_A.spiffe_id).where(_A.spiffe_id == row["agent"], _A.banned | _A.evicted)
+        with write_transaction(self.engine) as connection:
+            if connection.execute(needing).first() is None or connection.execute(barred).first() is not None:
+                return False
+            same = update(schema.node_grants).where(_G.owner == row["owner"], _G.agent_hash == row["agent_hash"])
+            if not connection.execute(same.values(**row)).rowcount:
+                connection.execute(schema.node_grants.insert().values(**row))
+            return True
 
     def withdrawing_grants(self) -> list[NodeGrant]:
         joined = schema.node_grants.join(schema.managed_keys, _G.owner == _K.owner)
