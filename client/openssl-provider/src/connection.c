@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -18,10 +19,14 @@
 #define ATTEMPTS 2         /* a broken connection is opened again once per signature */
 #define NO_SLOT ((size_t)-1)
 
-/* An open connection that the pool knows. `fd` is -1 in a free slot. */
+/* An open connection that the pool knows. `fd` is -1 in a free slot. The program may have closed the number
+ * behind our back (a daemon closes all that it inherited) and given it to something else: `device` and
+ * `inode` say whether it is still ours. */
 typedef struct {
     int fd;
     int busy;
+    dev_t device;
+    ino_t inode;
     char socket[KEYREEVE_SOCKET_MAX + 1];
 } pool_slot;
 
@@ -63,18 +68,33 @@ static pool_generation *generation_new(pool_generation *inherited)
     return made;
 }
 
+static int slot_is_ours(const pool_slot *slot)
+{
+    struct stat status;
+
+    return fstat(slot->fd, &status) == 0 && status.st_dev == slot->device && status.st_ino == slot->inode;
+}
+
+static void slot_close(pool_slot *slot)
+{
+    int ours = slot_is_ours(slot);
+    int fd = slot->fd;
+
+    slot->fd =
+        -1; /* first, so that a child forked now cannot close a number that was given to something else */
+    slot->busy = 0;
+    if (ours)
+        (void)close(fd);
+}
+
 /* Closing an inherited descriptor sends nothing: the parent holds the connection open. */
 static void generation_drop_descriptors(pool_generation *generation)
 {
     size_t i;
 
-    for (i = 0; i < POOL_SLOTS; i++) {
-        int fd = generation->slots[i].fd;
-
-        generation->slots[i].fd = -1;
-        if (fd >= 0)
-            (void)close(fd);
-    }
+    for (i = 0; i < POOL_SLOTS; i++)
+        if (generation->slots[i].fd >= 0)
+            slot_close(&generation->slots[i]);
 }
 
 keyreeve_pool *keyreeve_pool_new(void)
@@ -135,16 +155,6 @@ static int is_quiet(int fd)
     return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
 }
 
-static void slot_close(pool_slot *slot)
-{
-    int fd = slot->fd;
-
-    slot->fd =
-        -1; /* first, so that a child forked now cannot close a number that was given to something else */
-    slot->busy = 0;
-    (void)close(fd);
-}
-
 /* Takes an idle connection to this socket. With `discard` every idle one is closed instead: when one turned
  * out to be broken, the agent was most likely restarted. */
 static int connection_take_idle(pool_generation *generation, const char *socket, int discard, connection *out)
@@ -158,7 +168,7 @@ static int connection_take_idle(pool_generation *generation, const char *socket,
 
         if (slot->fd < 0 || slot->busy || strcmp(slot->socket, socket) != 0)
             continue;
-        if (discard || !is_quiet(slot->fd)) {
+        if (discard || !slot_is_ours(slot) || !is_quiet(slot->fd)) {
             slot_close(slot);
             continue;
         }
@@ -176,7 +186,10 @@ static int connection_take_idle(pool_generation *generation, const char *socket,
 static void connection_register(pool_generation *generation, const char *socket, int fd, connection *out)
 {
     size_t i, chosen = NO_SLOT;
+    struct stat status;
 
+    memset(&status, 0, sizeof(status));
+    (void)fstat(fd, &status);
     (void)pthread_mutex_lock(&generation->lock);
     for (i = 0; i < POOL_SLOTS; i++) {
         if (generation->slots[i].fd < 0) {
@@ -193,6 +206,8 @@ static void connection_register(pool_generation *generation, const char *socket,
             slot_close(slot);
         memcpy(slot->socket, socket, strlen(socket) + 1);
         slot->busy = 1;
+        slot->device = status.st_dev;
+        slot->inode = status.st_ino;
         slot->fd = fd;
     }
     (void)pthread_mutex_unlock(&generation->lock);
@@ -369,15 +384,12 @@ keyreeve_exchange_status keyreeve_pool_exchange(keyreeve_pool *pool, const char 
 {
     int64_t until_ms = keyreeve_now_ms() + request->deadline_ms;
     keyreeve_sign_frame frame = *request;
-    pool_generation *generation = pool_generation_now(pool);
     size_t frame_len = keyreeve_frame_sign_size(&frame);
     uint8_t *bytes = NULL;
     keyreeve_exchange_status status = KEYREEVE_EXCHANGE_BROKEN;
     int attempt;
 
     *system_error = 0;
-    if (generation == NULL)
-        return KEYREEVE_EXCHANGE_MEMORY;
     if (frame_len == 0 || !keyreeve_socket_path_is_valid((const uint8_t *)socket, strlen(socket)))
         return KEYREEVE_EXCHANGE_INVALID;
     if ((bytes = malloc(frame_len)) == NULL)
@@ -386,9 +398,10 @@ keyreeve_exchange_status keyreeve_pool_exchange(keyreeve_pool *pool, const char 
     for (attempt = 0; attempt < ATTEMPTS && status == KEYREEVE_EXCHANGE_BROKEN; attempt++) {
         int64_t left = until_ms - keyreeve_now_ms();
         connection used = {-1, NO_SLOT, NULL};
+        pool_generation *generation = pool_generation_now(pool); /* a job may be resumed in a child */
 
-        if (left < 1) {
-            status = KEYREEVE_EXCHANGE_TIMEOUT;
+        if (generation == NULL || left < 1) {
+            status = generation == NULL ? KEYREEVE_EXCHANGE_MEMORY : KEYREEVE_EXCHANGE_TIMEOUT;
             break;
         }
         if (!connection_take_idle(generation, socket, attempt > 0, &used)) {

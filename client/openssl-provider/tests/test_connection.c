@@ -1,12 +1,14 @@
 /* Connections, against an agent that is a thread of this process: reuse, fork, deadline, and every way to
  * misbehave. */
 #include <errno.h>
+#include <openssl/async.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -18,6 +20,7 @@
 #define MESSAGE "message"
 #define THREADS 8
 #define SIGNATURES_PER_THREAD 50
+#define DAEMON_DESCRIPTORS 32
 
 typedef enum {
     HONEST,
@@ -365,10 +368,84 @@ static void test_fork(void)
     agent_free(from);
 }
 
+/* A daemon closes every descriptor that it inherited and opens its own: those are not ours to close. */
+static void test_a_child_that_closed_what_it_inherited(void)
+{
+    agent *from = agent_start(HONEST);
+    keyreeve_pool *pool = keyreeve_pool_new();
+    keyreeve_answer out;
+    pid_t child;
+    int status = 0;
+
+    CHECK(ask(pool, from, 2000, &out) == KEYREEVE_EXCHANGE_OK);
+    child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        struct stat own, now;
+        int fine, fd;
+
+        CHECK(fstat(STDERR_FILENO, &own) == 0);
+        for (fd = STDERR_FILENO + 1; fd < DAEMON_DESCRIPTORS; fd++)
+            (void)dup2(STDERR_FILENO, fd);
+        fine = ask(pool, from, 2000, &out) == KEYREEVE_EXCHANGE_OK;
+        for (fd = STDERR_FILENO + 1; fd < DAEMON_DESCRIPTORS; fd++)
+            fine = fine && fstat(fd, &now) == 0 && now.st_ino == own.st_ino && now.st_dev == own.st_dev;
+        _exit(fine ? 0 : 1);
+    }
+    CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    keyreeve_pool_free(pool);
+    agent_free(from);
+}
+
 typedef struct {
     keyreeve_pool *pool;
     const agent *from;
 } thread_job;
+
+static int ask_in_job(void *argument)
+{
+    const thread_job *job = *(thread_job **)argument;
+    keyreeve_answer out;
+
+    return ask(job->pool, job->from, 2000, &out) == KEYREEVE_EXCHANGE_OK;
+}
+
+/* The child goes on with a connection of its own, kept where its next signature finds it. */
+static void test_a_job_that_is_resumed_in_a_child(void)
+{
+    agent *from = agent_start(SILENT);
+    thread_job todo = {keyreeve_pool_new(), from};
+    thread_job *argument = &todo;
+    ASYNC_WAIT_CTX *wait_ctx = ASYNC_WAIT_CTX_new();
+    ASYNC_JOB *job = NULL;
+    keyreeve_answer out;
+    int result = 0;
+    int status = 0;
+    pid_t child;
+
+    CHECK(wait_ctx != NULL &&
+          ASYNC_start_job(&job, wait_ctx, &result, ask_in_job, &argument, sizeof(argument)) == ASYNC_PAUSE);
+    while (atomic_load(&from->requests) == 0)
+        (void)usleep(1000);
+    from->how = HONEST;
+    child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        int fine = ASYNC_start_job(&job, wait_ctx, &result, ask_in_job, &argument, sizeof(argument)) ==
+                       ASYNC_FINISH &&
+                   result == 1 && ask(todo.pool, from, 2000, &out) == KEYREEVE_EXCHANGE_OK;
+
+        _exit(fine ? 0 : 1);
+    }
+    CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    CHECK(atomic_load(&from->accepted) == 2); /* one of each process */
+    while (ASYNC_start_job(&job, wait_ctx, &result, ask_in_job, &argument, sizeof(argument)) == ASYNC_PAUSE)
+        (void)usleep(1000);
+    CHECK(result == 0); /* its deadline passed */
+    ASYNC_WAIT_CTX_free(wait_ctx);
+    keyreeve_pool_free(todo.pool);
+    agent_free(from);
+}
 
 static void *sign_often(void *argument)
 {
@@ -407,6 +484,8 @@ int main(void)
     test_largest_message();
     test_a_restarted_agent_is_found_again();
     test_fork();
+    test_a_child_that_closed_what_it_inherited();
+    test_a_job_that_is_resumed_in_a_child();
     test_threads();
     puts("connection: ok");
     return 0;
