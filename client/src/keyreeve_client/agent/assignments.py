@@ -13,7 +13,8 @@ from typing import Protocol
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from keyreeve_common.errors import ErrorCode, KeyNotFound, KeyreeveError, SvidInvalid, error_from_code
+from keyreeve_common.bundle import bundle_from_proto
+from keyreeve_common.errors import ErrorCode, InvalidRequest, KeyNotFound, KeyreeveError, SvidInvalid, error_from_code
 from keyreeve_common.grpc_edge import error_from_proto
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.key_id import KeyId, parse_key_id
@@ -108,10 +109,13 @@ class CurrentKeys:
 
 
 def parse_bundle(bundle: types_pb2.Bundle, trust_domain: TrustDomain) -> list[x509.Certificate]:
-    """The authorities in `bundle`. Raises: SvidInvalid when it is of another trust domain or empty."""
+    """The authorities in `bundle`. Raises: SvidInvalid when it is of another trust domain, empty, or holds what is no authority."""
     if bundle.trust_domain != trust_domain.name:
         raise SvidInvalid(f"bundle is of trust domain {bundle.trust_domain[:255]!r}, expected is {trust_domain}")
-    authorities = load_chain_der(list(bundle.x509_authorities_der))
+    try:
+        authorities = list(bundle_from_proto(bundle).authorities)
+    except InvalidRequest as error:
+        raise SvidInvalid(error.detail) from error
     if not authorities:
         raise SvidInvalid(f"bundle of {trust_domain} holds no authority; the one in use stays")
     return authorities

@@ -78,8 +78,11 @@ class NodeIdentity:
         return SvidFiles(key=self.state.svid, chain=self.state.svid, bundle=self.state.bundle)
 
     def authorities(self) -> list[x509.Certificate]:
-        """Raises: SvidInvalid."""
-        return load_chain_pem(self.state.bundle.read_bytes())
+        """Raises: SvidInvalid, FailedPrecondition."""
+        try:
+            return load_chain_pem(self.state.bundle.read_bytes())
+        except OSError as error:
+            raise FailedPrecondition(f"{self.state.bundle}: cannot be read: {error.strerror}") from error
 
     async def establish(self) -> None:
         """Takes up the SVID in the state directory, or attests; waits for a CA that is away.

@@ -149,11 +149,17 @@ class Sync:
             return
         try:
             pem = to_pem(parse_bundle(message.bundle, self.identity.config.trust_domain))
-            if pem != self.identity.state.bundle.read_bytes():
+            if pem != self._kept_bundle():
                 write_atomic(self.identity.state.bundle, pem)
                 log("bundle_replaced", sequence=message.bundle.sequence)
-        except (KeyreeveError, OSError) as error:
-            log_warning("bundle_refused", detail=str(error))
+        except KeyreeveError as error:
+            log_warning("bundle_refused", code=error.code.value, detail=error.detail)
+
+    def _kept_bundle(self) -> bytes | None:
+        try:
+            return self.identity.state.bundle.read_bytes()
+        except OSError:  # somebody tidied up: what the CA just sent takes its place
+            return None
 
     def _use(self, message: ca_pb2.Assignments) -> None:
         forget_names()

@@ -125,6 +125,7 @@ def test_bundles() -> None:
         types_pb2.Bundle(trust_domain="other.org", x509_authorities_der=PKI.bundle_der),
         types_pb2.Bundle(trust_domain="example.org"),
         types_pb2.Bundle(trust_domain="example.org", x509_authorities_der=[b"junk"]),
+        types_pb2.Bundle(trust_domain="example.org", x509_authorities_der=PKI.svid("/web").chain_der),
     ):
         with pytest.raises(SvidInvalid):
             parse_bundle(bad, TD)
