@@ -146,6 +146,7 @@ class ReloadingChannel:
         self._keepalive_ms = keepalive_ms
         self._channel: grpc.aio.Channel | None = None
         self._stamp: tuple[tuple[int, int, int], ...] = ()
+        self._unusable: tuple[tuple[int, int, int], ...] = ()  # files that were read, and said to be no use, already
         self._closed = False
         self._retiring: set[asyncio.Task[None]] = set()
 
@@ -154,7 +155,7 @@ class ReloadingChannel:
         if self._closed:
             raise FailedPrecondition(f"channel to {self.target} is closed")
         stamp = self._files.stamp()
-        if self._channel is not None and stamp == self._stamp:
+        if self._channel is not None and stamp in (self._stamp, self._unusable):
             return self._channel
         old = self._channel
         try:
@@ -163,6 +164,7 @@ class ReloadingChannel:
             if old is None:
                 raise
             log_warning("svid_reload_failed", target=self.target, detail=error.detail)
+            self._unusable = stamp
             return old
         self._channel = open_channel(self.target, identity, server_id=self._server_id, keepalive_ms=self._keepalive_ms)
         self._stamp = stamp

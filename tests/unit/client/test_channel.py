@@ -271,6 +271,21 @@ async def test_half_replaced_files_keep_the_old_channel(served: Served, files: S
     await reloading.close()
 
 
+async def test_unusable_files_are_read_and_logged_once(
+    served: Served, files: SvidFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(files, served.pki.identity(CLIENT_ID))
+    reloading = ReloadingChannel(served.target, files, server_id=SERVER_ID)
+    first = await reloading.current()
+    files.chain.write_bytes(b"cut")
+    for _ in range(5):
+        assert await reloading.current() is first
+    assert [record.getMessage() for record in caplog.records].count("svid_reload_failed") == 1
+    write(files, served.pki.identity(CLIENT_ID))
+    assert await reloading.current() is not first
+    await reloading.close()
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "not pem", "foreign key"])
 async def test_unusable_files_are_a_typed_error(served: Served, files: SvidFiles, damage: str) -> None:
     identity = served.pki.identity(CLIENT_ID)
