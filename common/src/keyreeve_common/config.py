@@ -20,7 +20,7 @@ from keyreeve_common.errors import ConfigInvalid, InvalidSpiffeId
 from keyreeve_common.identity import SpiffeId, TrustDomain
 
 T = TypeVar("T")
-_DURATION = re.compile(r"(\d+)(ms|s|m|h|d)", re.ASCII)
+_DURATION = re.compile(r"(\d{1,9})(ms|s|m|h|d)", re.ASCII)
 _UNITS = {
     "ms": timedelta(milliseconds=1),
     "s": timedelta(seconds=1),
