@@ -13,7 +13,7 @@ from keyreeve_common.errors import (
     error_from_wire,
 )
 from keyreeve_common.key_id import MAX_KEY_ID_BYTES, KeyId, parse_key_id
-from keyreeve_common.purposes import MAX_MESSAGE_BYTES, Purpose
+from keyreeve_common.purposes import MAX_MESSAGE_BYTES
 from keyreeve_common.wire import FrameSplitter, Reader, ascii_text, bytes8, bytes16, bytes32, u16, u32
 
 VERSION = 1
@@ -159,12 +159,3 @@ def _echo(reader: Reader) -> bytes:
 
 def _frame(kind: int, body: bytes) -> bytes:
     return u32(len(body) + 2) + bytes((VERSION, kind)) + body
-
-
-# The purpose travels as a number so that an unknown one reaches the signer and is refused there, by name.
-def purpose_of(code: int) -> Purpose:
-    """The purpose with this code; an unknown code is UNSPECIFIED, which the signer always refuses."""
-    try:
-        return Purpose(code)
-    except ValueError:
-        return Purpose.UNSPECIFIED
