@@ -30,9 +30,8 @@ from keyreeve_common.errors import (
     RateLimited,
     SchemeNotSupported,
     Unavailable,
-    error_from_code,
 )
-from keyreeve_common.grpc_edge import ERROR_CODE_TRAILER, error_from_proto, error_from_rpc
+from keyreeve_common.grpc_edge import error_from_proto, error_from_rpc, error_from_trailers
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES, Purpose
 from keyreeve_common.schemes import HASHES, KeyFamily, Padding, SignatureScheme, key_type_of
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
@@ -348,18 +347,14 @@ async def _end_of(call: Any) -> KeyreeveError:
     code = await call.code()
     if code is grpc.StatusCode.OK:
         return Unavailable("key server ended the sign stream")
-    trailers = dict(await call.trailing_metadata() or ())
-    detail = str(await call.details() or code.name)
-    return _named_error(trailers, detail)
+    return _named_error(await call.trailing_metadata(), str(await call.details() or code.name))
 
 
 def _stream_error(failure: grpc.RpcError) -> KeyreeveError:
     """A refusal by name stays what it is; whatever else breaks a stream is Unavailable, whichever status the transport chose."""
     call = cast("Any", failure)
-    return _named_error(dict(call.trailing_metadata() or ()), str(call.details() or "sign stream broke"))
+    return _named_error(call.trailing_metadata(), str(call.details() or "sign stream broke"))
 
 
-def _named_error(trailers: dict[str, str], detail: str) -> KeyreeveError:
-    if ERROR_CODE_TRAILER in trailers:
-        return error_from_code(str(trailers[ERROR_CODE_TRAILER]), detail)
-    return Unavailable(f"sign stream to the key server broke: {detail}")
+def _named_error(metadata: Any, detail: str) -> KeyreeveError:
+    return error_from_trailers(metadata, detail) or Unavailable(f"sign stream to the key server broke: {detail}")

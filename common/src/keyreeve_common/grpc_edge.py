@@ -5,6 +5,7 @@ Nothing inside a service touches a status code: servicers raise KeyreeveError, c
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from keyreeve_common.x509_svid import X509Svid, parse_x509_svid
 
 ERROR_CODE_TRAILER = "keyreeve-error-code"
 RETRY_AFTER_TRAILER = "keyreeve-retry-after-ms"
+_RETRY_MS = re.compile(r"\d{1,9}", re.ASCII)
 LOCAL = "local"  # in `allow` tables: whoever may open the service's own Unix socket
 ANYONE = "anyone"  # in `allow` tables: whoever may connect
 
@@ -228,13 +230,19 @@ _CODE_OF_STATUS = {
 def error_from_rpc(error: grpc.RpcError) -> KeyreeveError:
     """Our error for a failed call: by the trailer that our servers send, else by status (the transport's own failures are Unavailable)."""
     call = cast("Any", error)
-    trailers = dict(call.trailing_metadata() or ())
     detail = str(call.details() or call.code().name)
-    retry_ms = trailers.get(RETRY_AFTER_TRAILER)
-    retry_after = timedelta(milliseconds=int(retry_ms)) if retry_ms else None
-    if ERROR_CODE_TRAILER in trailers:
-        return error_from_code(str(trailers[ERROR_CODE_TRAILER]), detail, retry_after)
-    return error_from_code(_CODE_OF_STATUS.get(call.code(), ErrorCode.UNAVAILABLE).value, detail, retry_after)
+    named = error_from_trailers(call.trailing_metadata(), detail)
+    return named or error_from_code(_CODE_OF_STATUS.get(call.code(), ErrorCode.UNAVAILABLE).value, detail)
+
+
+def error_from_trailers(metadata: Any, detail: str) -> KeyreeveError | None:
+    """The error that one of our servers named in its trailers; None when it named none."""
+    trailers = dict(metadata or ())
+    if ERROR_CODE_TRAILER not in trailers:
+        return None
+    retry_ms = str(trailers.get(RETRY_AFTER_TRAILER, ""))
+    retry_after = timedelta(milliseconds=int(retry_ms)) if _RETRY_MS.fullmatch(retry_ms) else None
+    return error_from_code(str(trailers[ERROR_CODE_TRAILER]), detail, retry_after)
 
 
 def error_to_proto(error: KeyreeveError) -> types_pb2.Error:

@@ -23,6 +23,7 @@ from keyreeve_common.errors import (
     Internal,
     KeyNotFound,
     MessageTooLarge,
+    RateLimited,
     SchemeNotSupported,
     SvidExpired,
     Unavailable,
@@ -137,6 +138,14 @@ async def test_refused_stream_keeps_its_error(signing: Any) -> None:
     async with stream_client(signing) as client:
         with pytest.raises(SvidExpired):
             await call(client, b"x")
+
+
+async def test_refused_stream_says_when_to_come_back(signing: Any) -> None:
+    signing.service.refusal = RateLimited("too many streams", retry_after=timedelta(seconds=2))
+    async with stream_client(signing) as client:
+        with pytest.raises(RateLimited) as caught:
+            await call(client, b"x")
+    assert caught.value.retry_after == timedelta(seconds=2)
 
 
 async def test_deadline_frees_its_slot(signing: Any) -> None:

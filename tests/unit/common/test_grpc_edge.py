@@ -27,7 +27,16 @@ from keyreeve_common.errors import (
     Unauthenticated,
     Unavailable,
 )
-from keyreeve_common.grpc_edge import ANYONE, LOCAL, EdgeInterceptor, current_peer, error_from_rpc
+from keyreeve_common.grpc_edge import (
+    ANYONE,
+    ERROR_CODE_TRAILER,
+    LOCAL,
+    RETRY_AFTER_TRAILER,
+    EdgeInterceptor,
+    current_peer,
+    error_from_rpc,
+    error_from_trailers,
+)
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 from keyreeve_common.x509_svid import tls_name_of
@@ -285,3 +294,13 @@ async def test_stream_is_held_to_the_table_and_renders_errors(authority: Authori
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 _ = [answer async for answer in stub.SignStream(batches("k"), timeout=20)]
             assert isinstance(error_from_rpc(caught.value), PermissionDenied)
+
+
+@pytest.mark.parametrize(
+    ("text", "retry_ms"), [("250", 250), ("soon", None), ("-1", None), ("9" * 30, None), ("", None)]
+)
+def test_nonsense_in_a_trailer_is_no_crash(text: str, retry_ms: int | None) -> None:
+    error = error_from_trailers(((ERROR_CODE_TRAILER, "rate_limited"), (RETRY_AFTER_TRAILER, text)), "later")
+    assert isinstance(error, RateLimited)
+    assert error.retry_after == (None if retry_ms is None else timedelta(milliseconds=retry_ms))
+    assert error_from_trailers(None, "later") is None
