@@ -90,7 +90,8 @@ class _HashCache:
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_EXECUTABLE_BYTES:
             return None
         key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        if key not in self.entries:
+        digest = self.entries.get(key)
+        if digest is None:
             with os.fdopen(os.dup(descriptor), "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             after = os.fstat(descriptor)
@@ -99,7 +100,7 @@ class _HashCache:
             self.entries[key] = digest
             while len(self.entries) > _HASH_CACHE_SIZE:
                 self.entries.popitem(last=False)
-        return self.entries[key]
+        return digest
 
 
 _HASHES = _HashCache()

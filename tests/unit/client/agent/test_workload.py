@@ -224,6 +224,17 @@ def test_an_executable_is_hashed_once(connect: Connect, monkeypatch: pytest.Monk
     assert len(cache.entries) == 1
 
 
+def test_a_hash_that_another_thread_pushes_out_is_still_the_answer(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workload, "_HASHES", workload._HashCache())
+    monkeypatch.setattr(workload, "_HASH_CACHE_SIZE", 0)
+    _, end = connect()
+    with closing(Peer(end)) as peer:
+        peer.learn({workload.SHA256_KIND})
+        assert any(selector.kind == workload.SHA256_KIND for selector in peer.selectors())
+
+
 def test_kinds() -> None:
     assert Selector("unix", "path:/a:b").kind == "unix:path"
     assert start_time_of(os.getpid()) is not None
