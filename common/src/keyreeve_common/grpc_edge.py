@@ -38,7 +38,7 @@ ANYONE = "anyone"  # in `allow` tables: whoever may connect
 
 # What the two ends of a connection must agree on. A client pings a quiet connection every KEEPALIVE_MS for as long as a call is open on it, and
 # gives it up KEEPALIVE_TIMEOUT_MS later, so that a peer that vanished is missed after 35 seconds at most. A server hangs up on a client that
-# pings more often than it allows, by default every 5 minutes: every server of ours starts with SERVER_PING_OPTIONS.
+# pings more often than it allows, by default every 5 minutes: one that is to allow these starts with SERVER_PING_OPTIONS.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # gRPC's own limit of 4 MiB is about 2,000 assignments
 KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 5_000
