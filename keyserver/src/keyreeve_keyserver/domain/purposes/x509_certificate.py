@@ -6,23 +6,22 @@ Spec: X509-SVID 2 to 4 (rules X5-01 to X5-15 of docs/spec-conformance.md); RFC 5
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import re
 from datetime import datetime, timedelta
 from typing import TypeVar
 
 from cryptography import x509
-from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from keyreeve_common.errors import InvalidSpiffeId, KeyTypeNotSupported, ProfileViolation
 from keyreeve_common.identity import SpiffeId
 from keyreeve_common.schemes import SignatureScheme
+from keyreeve_common.x509_svid import RESERVED_DNS_ZONE, tls_name_of
 
 from keyreeve_keyserver.domain.keys import AuthorityKind, AuthorityProfile, KeyRecord, parse_spki
 from keyreeve_keyserver.domain.purposes.tbs_certificate import TbsCertificate, parse_tbs_certificate
 
 CLOCK_TOLERANCE = timedelta(seconds=60)
-RESERVED_ZONE = "keyreeve.invalid"
 _BOTH_USAGES = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH})
 _MAY_BE_CRITICAL = frozenset(
     {
@@ -117,18 +116,22 @@ def _check_subject_alternative_name(tbs: TbsCertificate, profile: AuthorityProfi
         raise ProfileViolation(f"x509_certificate: URI SAN: {error.detail}") from None
     _require(spiffe_id.member_of(profile.trust_domain), f"URI SAN is not in trust domain {profile.trust_domain}")
     for name in names.get_values_for_type(x509.DNSName):
-        _check_dns_name(name, uris[0])
+        _check_dns_name(name, spiffe_id)
+    for attribute in tbs.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
+        # OpenSSL takes the common name for a host's where no DNS SAN stands.
+        if RESERVED_DNS_ZONE in str(attribute.value).lower():
+            _require(attribute.value == tls_name_of(spiffe_id), "common name is the DNS name of another SPIFFE ID")
     return spiffe_id
 
 
-def _check_dns_name(name: str, uri: str) -> None:
+def _check_dns_name(name: str, spiffe_id: SpiffeId) -> None:
     """Names in the reserved zone say which identity they belong to, so that no identity can take another's name."""
     _require(
         len(name) <= 253 and _DNS_NAME.fullmatch(name) is not None, "DNS SAN is not lower-case letters, digits, '-'"
     )
-    if name == RESERVED_ZONE or name.endswith("." + RESERVED_ZONE):
-        own = f"id-{hashlib.sha256(uri.encode()).hexdigest()[:40]}.{RESERVED_ZONE}"
-        _require(name == own, f"DNS SAN in {RESERVED_ZONE} is not the one of this SPIFFE ID")
+    covers = name.startswith("*.") and RESERVED_DNS_ZONE.endswith(name[1:])
+    if covers or name == RESERVED_DNS_ZONE or name.endswith("." + RESERVED_DNS_ZONE):
+        _require(name == tls_name_of(spiffe_id), f"DNS SAN in {RESERVED_DNS_ZONE} is not the one of this SPIFFE ID")
 
 
 def _check_authority(tbs: TbsCertificate, profile: AuthorityProfile, spiffe_id: SpiffeId) -> None:

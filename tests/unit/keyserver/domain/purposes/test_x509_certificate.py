@@ -57,6 +57,7 @@ def test_good_certificates_pass() -> None:
     "draft",
     [
         changed(LEAF, constraints=None),
+        changed(LEAF, subject=x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, own_dns_name(URI))])),
         changed(LEAF, subject=x509.Name([]), san_critical=True),
         changed(LEAF, names=(URI_NAME,)),
         changed(LEAF, names=(URI_NAME, x509.IPAddress(ipaddress.ip_address("10.0.0.1")))),
@@ -107,6 +108,10 @@ LEAF_VIOLATIONS: dict[str, dict[str, Any]] = {
         "more": ((x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3"), b"\x05\x00"), False),)
     },
     "IP SAN is not one address": {"names": (URI_NAME, x509.IPAddress(ipaddress.ip_network("10.0.0.0/8")))},
+    "DNS SAN in .* is not the one of this": {"names": (URI_NAME, x509.DNSName("*.invalid"))},
+    "common name is the DNS name of another": {
+        "subject": x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, own_dns_name(URI + "x").upper())])
+    },
     "critical extension 1.3.6.1.4.1.11129.2.4.3": {"more": ((x509.PrecertPoison(), True),)},
     "name constraints stand in a leaf": {
         "more": ((x509.NameConstraints([x509.DNSName("example")], None), True),),
