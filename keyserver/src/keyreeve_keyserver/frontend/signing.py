@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from keyreeve_common.errors import (
+    Internal,
     InvalidRequest,
     KeyreeveError,
     MessageTooLarge,
@@ -21,7 +22,7 @@ from keyreeve_common.errors import (
 from keyreeve_common.grpc_edge import Peer, current_peer, error_to_proto
 from keyreeve_common.key_id import parse_key_id
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES, Purpose
-from keyreeve_common.telemetry import log, log_warning
+from keyreeve_common.telemetry import log, log_exception, log_warning
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 
 from keyreeve_keyserver.config import Limits
@@ -144,7 +145,7 @@ class _Stream:
                 await self._slots.acquire()
                 if self._read_ended:  # it ended while this batch waited
                     return
-                self._take(batch)
+                self._take_guarded(batch)
             self.end(None)
         except KeyreeveError as error:
             self.end(error)
@@ -153,6 +154,16 @@ class _Stream:
             raise
         except Exception:  # the client went away in the middle of a message
             self.end(None)
+
+    def _take_guarded(self, batch: keyserver_pb2.SignBatch) -> None:
+        """A fault of ours ends the stream by name: unanswered items in a stream that ended well would be waited for."""
+        try:
+            self._take(batch)
+        except KeyreeveError:
+            raise
+        except Exception:
+            log_exception("stream_failed", caller=self._caller)
+            raise Internal("internal error; the server's log has the cause") from None
 
     def release(self) -> None:
         self._slots.release()

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
-from keyreeve_common.errors import SvidExpired, Unavailable
+from keyreeve_common.errors import Internal, SvidExpired, Unavailable
 from keyreeve_common.grpc_edge import Peer, _current_peer
 from keyreeve_common.v1 import keyserver_pb2
 from keyreeve_common.x509_svid import parse_x509_svid
@@ -146,4 +146,17 @@ async def test_end_of_requests_ends_the_stream_after_the_last_result() -> None:
     rig.engine.answer()
     await first
     with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+async def test_a_fault_of_ours_does_not_end_the_stream_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(rig.service.access, "authorize", broken)
+    stream = rig.open()
+    rig.send(1)
+    with pytest.raises(Internal):
         await anext(stream)
