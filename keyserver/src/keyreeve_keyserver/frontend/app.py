@@ -230,7 +230,12 @@ def _prepare_directories(config: KeyServerConfig) -> int:
 
 def _require_closed(directory: Path) -> None:
     """Whoever reaches the admin socket is an operator, so its directory is the owner's alone."""
-    if directory.stat().st_mode & 0o077:
+    status = directory.stat()
+    if status.st_uid not in (os.geteuid(), 0):
+        raise ConfigInvalid(
+            f"{directory}: directory of admin_socket belongs to another user, who could replace the socket"
+        )
+    if status.st_mode & 0o077:
         raise ConfigInvalid(
             f"{directory}: directory of admin_socket is open to other users; run: chmod 700 {directory}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from keyreeve_common.errors import ConfigInvalid, InvalidRequest
 from keyreeve_common.identity import TrustDomain
 from keyreeve_common.v1 import keyserver_pb2, types_pb2
 from keyreeve_keyserver.config import CatalogConfig, KeyServerConfig
-from keyreeve_keyserver.frontend.app import _open_catalog
+from keyreeve_keyserver.frontend.app import _open_catalog, _require_closed
 from keyreeve_keyserver.frontend.protos import new_key_from_proto
 
 OWN = TrustDomain("example.org")
@@ -60,3 +61,13 @@ def test_password_that_is_not_text_is_not_shown(tmp_path: Path) -> None:
         _open_catalog(config)
     assert "f9" not in str(refused.value)
     assert refused.value.__cause__ is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a directory away")
+def test_admin_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir(mode=0o700)
+    _require_closed(directory)
+    os.chown(directory, 65_534, 65_534)
+    with pytest.raises(ConfigInvalid, match="belongs to another user"):
+        _require_closed(directory)
