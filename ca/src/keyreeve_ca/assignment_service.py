@@ -15,10 +15,12 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 from keyreeve_client.key_admin import Grant, KeySpec, KeyState
 from keyreeve_common.errors import (
     FailedPrecondition,
+    Internal,
     KeyDisabled,
     KeyreeveError,
     NotFound,
     PermissionDenied,
+    RateLimited,
     Unavailable,
 )
 from keyreeve_common.identity import SpiffeId
@@ -38,6 +40,8 @@ from keyreeve_ca.service import Ca, SvidOrder, issue_x509_svid
 
 _ALL = 1_000_000
 _Seen = dict[str, Grant]
+# What may be over at the next round: meanwhile an SVID that is valid stays assigned. A refusal takes it away at once.
+_PASSING = (Unavailable, RateLimited, Internal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ def _assign(ca: Ca, entry: Entry, seen: _Seen | KeyreeveError) -> Assignment:
         key, svid = ensure_svid(ca, entry)
         _ensure_grant(ca, entry, key, svid, seen)
     except KeyreeveError as error:
-        kept = _still_good(ca, entry) if isinstance(error, Unavailable) else None
+        kept = _still_good(ca, entry) if isinstance(error, _PASSING) else None
         if kept is not None:
             return kept
         if ca.failures.get(entry.entry_id) is not error.code:
@@ -91,7 +95,7 @@ def _assign(ca: Ca, entry: Entry, seen: _Seen | KeyreeveError) -> Assignment:
 
 
 def _still_good(ca: Ca, entry: Entry) -> Assignment | None:
-    """While the key cluster is away: what was assigned before and has not expired."""
+    """While the key cluster is away or fails: what was assigned before and has not expired."""
     now = ca.clock()
     key = ca.store.get_managed_key(entry.owner)
     svid = ca.store.current_svid(entry.owner.digest)

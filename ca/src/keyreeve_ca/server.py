@@ -12,7 +12,7 @@ import grpc.aio
 from keyreeve_client.channel import SvidFiles
 from keyreeve_common.errors import ConfigInvalid, KeyreeveError
 from keyreeve_common.files import make_private_directory
-from keyreeve_common.grpc_edge import ANYONE, LOCAL, EdgeInterceptor
+from keyreeve_common.grpc_edge import ANYONE, LOCAL, SERVER_PING_OPTIONS, EdgeInterceptor
 from keyreeve_common.telemetry import log, log_warning
 from keyreeve_common.v1 import ca_pb2_grpc
 
@@ -36,7 +36,7 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", 1024 * 1024),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    *SERVER_PING_OPTIONS,
 ]
 STOP_GRACE = 2.0
 

@@ -17,7 +17,15 @@ from keyreeve_ca.domain.records import SvidState
 from keyreeve_ca.entry_service import create_entry, delete_entry, update_entry
 from keyreeve_ca.withdrawal_service import withdraw_grants
 from keyreeve_client.key_admin import KeyState
-from keyreeve_common.errors import ErrorCode, StorageBusy, Unavailable
+from keyreeve_common.errors import (
+    DeadlineExceeded,
+    ErrorCode,
+    Internal,
+    KeyreeveError,
+    RateLimited,
+    StorageBusy,
+    Unavailable,
+)
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.purposes import Purpose
 from keyreeve_common.schemes import KeyType
@@ -162,14 +170,17 @@ def test_one_failing_entry_does_not_stop_the_others(rig: Any) -> None:
     assert by_entry["/other"].error.code is ErrorCode.PERMISSION_DENIED
 
 
-def test_cluster_that_is_away_leaves_what_is_valid_and_says_what_is_missing(rig: Any) -> None:
+@pytest.mark.parametrize(
+    "failure", [Unavailable("away"), RateLimited("busy"), Internal("a bug"), DeadlineExceeded("late")]
+)
+def test_cluster_that_fails_leaves_what_is_valid_and_says_what_is_missing(rig: Any, failure: KeyreeveError) -> None:
     create_entry(rig.ca, rig.entry())
     good = only(rig)
     create_entry(rig.ca, rig.entry("/new"))
-    rig.cluster.failure = Unavailable("away")
+    rig.cluster.failure = failure
     by_path = {each.entry.spiffe_id.path: each for each in sync_agent(rig.ca, N1)}
     assert by_path["/web"].svid == good.svid
-    assert by_path["/new"].error.code is ErrorCode.UNAVAILABLE
+    assert by_path["/new"].error.code is failure.code
     rig.clock.now = good.svid.not_after
     assert all(each.error is not None for each in sync_agent(rig.ca, N1))
     rig.cluster.failure = None

@@ -32,8 +32,6 @@ from keyreeve_client.agent.sync import Sync
 from keyreeve_client.channel import ReloadingChannel
 
 _OWN_DESCRIPTORS = 256
-# The CA does not start with SERVER_PING_OPTIONS yet: it hangs up on a client that pings a quiet stream more often than every 5 minutes.
-_CA_KEEPALIVE_MS = 310_000
 
 
 def allow_connections(wanted: int) -> None:
@@ -108,9 +106,7 @@ class Agent:
     def _parts(self, identity: NodeIdentity) -> None:
         config = self.config
         keys = CurrentKeys()
-        self._ca = ReloadingChannel(
-            config.ca.address, identity.files(), server_id=config.ca_id, keepalive_ms=_CA_KEEPALIVE_MS
-        )
+        self._ca = ReloadingChannel(config.ca.address, identity.files(), server_id=config.ca_id)
         self._cluster = KeyCluster(config.key_server.addresses, identity.files(), server_id=config.key_server_id)
         self._server = SignServer(config.sign_socket, keys, self._cluster.sign)
         self._publishers = [Publisher(proxy, on_change=self._touch) for proxy in config.proxy]

@@ -16,6 +16,8 @@ from keyreeve_common.errors import PermissionDenied, Unavailable
 from keyreeve_common.grpc_edge import error_from_rpc
 from keyreeve_common.v1 import ca_pb2_grpc, keyserver_pb2_grpc
 
+from keyreeve_client.channel import open_sync_local_channel
+
 DEFAULT_CA_SOCKET = Path("/run/keyreeve-ca/admin.sock")
 DEFAULT_KEY_SERVER_SOCKET = Path("/run/keyreeve-keyserver/admin.sock")
 TIMEOUT_S = 30.0
@@ -39,10 +41,7 @@ Page = TypeVar("Page", bound=Message)
 def local_channel(socket: Path, service: str) -> Iterator[grpc.Channel]:
     """A channel to `service`'s admin socket. Raises: Unavailable, PermissionDenied; what the service refuses comes as its own error."""
     check_socket(socket, service)
-    # The authority of a Unix channel would be the encoded path, which HTTP/2 servers may refuse.
-    with grpc.insecure_channel(
-        f"unix:{socket.absolute()}", options=[("grpc.default_authority", "localhost")]
-    ) as channel:
+    with open_sync_local_channel(socket) as channel:
         try:
             yield channel
         except grpc.RpcError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 from keyreeve_common.errors import ConfigInvalid, FailedPrecondition
 from keyreeve_common.files import make_private_directory, read_secret
-from keyreeve_common.grpc_edge import ANYONE, LOCAL, EdgeInterceptor
+from keyreeve_common.grpc_edge import ANYONE, LOCAL, SERVER_PING_OPTIONS, EdgeInterceptor
 from keyreeve_common.telemetry import log, log_warning
 from keyreeve_common.v1 import keyserver_pb2_grpc
 
@@ -39,9 +39,7 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on this port is an error, not a silent partner
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    *SERVER_PING_OPTIONS,
 ]
 _SERVICES = "/keyreeve.keyserver.v1."
 
