@@ -14,6 +14,13 @@ from keyreeve_common.errors import ConfigInvalid
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.key_reference import MAX_SOCKET_BYTES
 
+_BOUNDS = (
+    "max_connections",
+    "max_connections_per_uid",
+    "max_outstanding",
+    "max_outstanding_per_uid",
+    "max_outstanding_per_connection",
+)
 _MODE = re.compile(r"0?[0-7]{3}", re.ASCII)
 
 
@@ -47,6 +54,7 @@ class SignSocketConfig:
     max_connections: int = 2048
     max_connections_per_uid: int = 1024
     max_outstanding: int = 4096
+    max_outstanding_per_uid: int = 3072
     max_outstanding_per_connection: int = 256
     stall_timeout: timedelta = timedelta(seconds=30)
 
@@ -55,7 +63,7 @@ class SignSocketConfig:
             raise ConfigInvalid(f"path: longer than {MAX_SOCKET_BYTES} bytes, which a Unix socket cannot have")
         if _MODE.fullmatch(self.mode) is None:
             raise ConfigInvalid("mode: an octal mode such as '0666' is expected")
-        for name in ("max_connections", "max_connections_per_uid", "max_outstanding", "max_outstanding_per_connection"):
+        for name in _BOUNDS:
             if getattr(self, name) < 1:
                 raise ConfigInvalid(f"{name}: must be 1 or more")
 

@@ -17,7 +17,7 @@ class Counts:
     signed: Counter[KeyId] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     connections: int = 0
-    outstanding: int = 0
+    outstanding: Counter[int] = field(default_factory=Counter)  # by uid
     of_uid: Counter[int] = field(default_factory=Counter)
     _logged_at: float | None = None
     _unlogged: int = 0

@@ -92,7 +92,7 @@ class Agent:
                 if not await _unless(stop, self._become_ready()):
                     background.append(group.create_task(self._status.run_forever(), name="status"))
                     await stop.wait()
-                    log("agent_draining", outstanding=self._server.counts.outstanding)
+                    log("agent_draining", outstanding=self._server.counts.outstanding.total())
                     await self._server.drain(self.config.drain_timeout)
                     remove_sign_socket(self.config.sign_socket.path)
                 for task in background:

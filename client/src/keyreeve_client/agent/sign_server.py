@@ -216,27 +216,35 @@ class SignConnection(asyncio.Protocol):
                 self._accept(parsed)
 
     def _accept(self, request: SignFrame) -> None:
-        config, counts = self._server.config, self._server.counts
+        if self._peer is None:
+            return
+        uid = self._peer.uid
         if request.request_id in self._outstanding:
             self._fail(request.request_id, MalformedFrame(f"request_id {request.request_id} is outstanding already"))
-        elif len(self._outstanding) >= config.max_outstanding_per_connection:
-            limit = config.max_outstanding_per_connection
-            self._refuse(
-                request.request_id, RateLimited(f"connection has {limit} requests outstanding", retry_after=_BUSY)
-            )
-        elif counts.outstanding >= config.max_outstanding:
-            self._refuse(
-                request.request_id,
-                RateLimited(f"agent has {config.max_outstanding} requests outstanding", retry_after=_BUSY),
-            )
+        elif (full := self._full(uid)) is not None:
+            self._refuse(request.request_id, RateLimited(f"{full} requests outstanding", retry_after=_BUSY))
         else:
-            counts.outstanding += 1
+            self._server.counts.outstanding[uid] += 1
             task = asyncio.get_running_loop().create_task(self._serve(request))
             self._outstanding[request.request_id] = task
-            task.add_done_callback(lambda _: self._done(request.request_id))
+            task.add_done_callback(lambda _: self._done(request.request_id, uid))
 
-    def _done(self, request_id: int) -> None:
-        self._server.counts.outstanding -= 1
+    def _full(self, uid: int) -> str | None:
+        """Which bound one more request would pass, None when it passes none: no connection and no user can take all of the agent."""
+        config, outstanding = self._server.config, self._server.counts.outstanding
+        if len(self._outstanding) >= config.max_outstanding_per_connection:
+            return f"connection has {config.max_outstanding_per_connection}"
+        if outstanding[uid] >= config.max_outstanding_per_uid:
+            return f"user {uid} has {config.max_outstanding_per_uid}"
+        if outstanding.total() >= config.max_outstanding:
+            return f"agent has {config.max_outstanding}"
+        return None
+
+    def _done(self, request_id: int, uid: int) -> None:
+        outstanding = self._server.counts.outstanding
+        outstanding[uid] -= 1
+        if not outstanding[uid]:
+            del outstanding[uid]
         del self._outstanding[request_id]
 
     async def _serve(self, request: SignFrame) -> None:

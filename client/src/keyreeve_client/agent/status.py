@@ -98,7 +98,7 @@ class StatusWriter:
             ],
             "proxies": [_proxy(publisher) for publisher in self.publishers],
             "connections": counts.connections,
-            "outstanding": counts.outstanding,
+            "outstanding": counts.outstanding.total(),
             "signatures": counts.signed.total(),
             "refusals": dict(counts.refused),
         }

@@ -259,8 +259,9 @@ async def test_outstanding_requests_of_a_connection_are_bounded(tmp_path: Path) 
         assert await client.receive() == SignedFrame(9, b"signature")
 
 
-async def test_outstanding_requests_of_all_connections_are_bounded(tmp_path: Path) -> None:
-    async with serving(tmp_path, max_outstanding=3) as harness:
+@pytest.mark.parametrize("bound", ["max_outstanding", "max_outstanding_per_uid"])
+async def test_outstanding_requests_of_all_connections_are_bounded(tmp_path: Path, bound: str) -> None:
+    async with serving(tmp_path, **{bound: 3}) as harness:
         harness.cluster.gate.clear()
         one, two = await harness.connect(), await harness.connect()
         one.send(*(sign(number) for number in range(3)))
@@ -298,7 +299,7 @@ async def test_the_deadline_of_a_request_is_kept(tmp_path: Path) -> None:
         refusal = await client.refusal()
         assert (refusal.request_id, refusal.error.code) == (6, ErrorCode.DEADLINE_EXCEEDED)
         assert harness.cluster.cancelled == 1
-        await harness.until(lambda: harness.server.counts.outstanding == 0)
+        await harness.until(lambda: harness.server.counts.outstanding.total() == 0)
 
 
 async def test_errors_of_the_key_cluster_go_through_and_bugs_do_not_show(tmp_path: Path) -> None:
@@ -324,7 +325,7 @@ async def test_a_client_that_leaves_cancels_what_it_asked(tmp_path: Path) -> Non
         await harness.until(lambda: len(harness.cluster.seen) == 2)
         client.writer.transport.abort()
         await harness.until(lambda: harness.cluster.cancelled == 2)
-        await harness.until(lambda: harness.server.counts.outstanding == 0)
+        await harness.until(lambda: harness.server.counts.outstanding.total() == 0)
         assert harness.server.counts.refused == {}
 
 
