@@ -108,6 +108,7 @@ def test_one_refused_item_fails_alone(rig: KeyServerRig, agent: Svid, key: keyse
         6: {"message": b"x" * 65_537},
         7: {"scheme": 0x10000},
         8: {"purpose": 99},
+        11: {"purpose": types_pb2.PURPOSE_UNSPECIFIED},
     }
     with rig.caller(agent) as stubs:
         stream = Stream(stubs)
@@ -122,11 +123,13 @@ def test_one_refused_item_fails_alone(rig: KeyServerRig, agent: Svid, key: keyse
             5: "purpose_not_permitted",
             6: "message_too_large",
             7: "scheme_not_supported",
-            8: "invalid_request",
+            8: "purpose_not_permitted",
             9: "key_not_found",
             10: "invalid_request",
+            11: "purpose_not_permitted",
         }
         assert "65536" in results[6].error.detail
+        assert "allow TLS 1.3 alone" in results[11].error.detail
         stream.close()
     refused = rig.process.wait_event("sign_refused", lambda entry: entry.get("code") == "purpose_mismatch")
     assert refused["caller"] == agent.spiffe_id

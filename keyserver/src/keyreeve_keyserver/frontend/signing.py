@@ -16,6 +16,7 @@ from keyreeve_common.errors import (
     InvalidRequest,
     KeyreeveError,
     MessageTooLarge,
+    PurposeNotPermitted,
     SchemeNotSupported,
     Unavailable,
 )
@@ -32,6 +33,11 @@ from keyreeve_keyserver.frontend.engine import SigningEngine
 
 _MAX_SCHEME = 0xFFFF
 _MAX_REFUSAL_LINES = 16
+# What an operator meets who lets a server speak TLS 1.2: a provider declares no purpose for what it does not recognise.
+_NO_PURPOSE = (
+    "purpose unspecified is never signed: the message is neither a TLS 1.3 CertificateVerify nor a certificate request; "
+    "allow TLS 1.3 alone in the program that asked"
+)
 _PURPOSES = frozenset(int(purpose) for purpose in Purpose if purpose is not Purpose.UNSPECIFIED)
 _DRAIN_RETRY = timedelta(milliseconds=100)
 _Request = keyserver_pb2.SignItem | keyserver_pb2.SignRequest
@@ -88,8 +94,10 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         message = request.message
         if len(message) > MAX_MESSAGE_BYTES:
             raise MessageTooLarge(f"message has {len(message)} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
+        if request.purpose == Purpose.UNSPECIFIED.value:
+            raise PurposeNotPermitted(_NO_PURPOSE)
         if request.purpose not in _PURPOSES:
-            raise InvalidRequest(f"purpose {request.purpose} is not one that Keyreeve knows")
+            raise PurposeNotPermitted(f"purpose {request.purpose} is not one that Keyreeve knows")
         key_id = parse_key_id(request.key_id)
         self.access.authorize(caller, key_id, request.purpose, now)
         if request.scheme > _MAX_SCHEME:
