@@ -102,11 +102,12 @@ class WorkerPool:
 
     async def _run_slot(self, index: int, process: WorkerProcess | None) -> None:
         """Keeps one worker alive and busy."""
-        pause = _FIRST_PAUSE
+        pause, again = _FIRST_PAUSE, False
         try:
             while True:
                 if process is None:
-                    process = await self._reopen()
+                    process = await self._reopen(again=again)
+                    again = process is None
                     if process is None:
                         await asyncio.sleep(pause)
                         pause = min(pause * 2, _LONGEST_PAUSE)
@@ -130,8 +131,12 @@ class WorkerPool:
             if process is not None:
                 process.end()
 
-    async def _reopen(self) -> WorkerProcess | None:
-        """Raises: TokenPinIncorrect; after any other fault None, and the pool is down if no other worker is up."""
+    async def _reopen(self, *, again: bool) -> WorkerProcess | None:
+        """Raises: TokenPinIncorrect; after any other fault None.
+
+        The pool is down if no other worker is up and this is not the first try: SoftHSM rewrites a token's file at each log-in, so a worker that
+        starts beside another can miss the token for a moment, and requests that wait have deadlines of their own.
+        """
         if isinstance(self._fault, TokenPinIncorrect):
             raise self._fault
         try:
@@ -139,7 +144,7 @@ class WorkerPool:
         except TokenPinIncorrect:
             raise
         except KeyreeveError as error:
-            if not self._processes:
+            if again and not self._processes:
                 self._fail(error)
             return None
 

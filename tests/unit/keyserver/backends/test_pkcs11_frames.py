@@ -28,7 +28,10 @@ ERRORS = st.builds(lambda code: error_from_code(code.value, "why"), st.sampled_f
 ANSWERS = st.one_of(
     st.builds(frames.Done, st.dictionaries(st.text("abc", max_size=3), st.integers())),
     st.builds(frames.Failed, ERRORS),
-    st.builds(frames.TokenSigned, st.lists(st.binary(min_size=1, max_size=99) | ERRORS, min_size=1).map(tuple)),
+    st.builds(
+        frames.TokenSigned,
+        st.lists(st.binary(min_size=1, max_size=99) | ERRORS, min_size=1, max_size=frames.MAX_ITEMS).map(tuple),
+    ),
     st.builds(frames.Boxed, st.binary(max_size=99)),
 )
 
