@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
@@ -26,6 +25,7 @@ from keyreeve_ca.domain.attestation import (
 from keyreeve_ca.domain.records import Agent, SvidRecord, digest_of
 from keyreeve_ca.service import Ca, SvidOrder, current_bundle, issue_x509_svid
 
+_BANNED = "agent is banned; unban it first"
 _UNKNOWN = "agent is not attested; it needs a new join token"
 
 
@@ -52,39 +52,45 @@ def attest_node(ca: Ca, *, token: str, csr_der: bytes, agent_version: str) -> tu
     try:
         _check_not_banned(ca, taken.agent_id)
         record = _issue_agent_svid(ca, taken.agent_id, public_key)
+        _save_attested(ca, taken.agent_id, record, version)
     except AgentBanned:
         raise
     except KeyreeveError:
         ca.store.add_join_token(taken)  # nothing was given out for it
         raise
-    now = ca.clock()
-    ca.store.save_agent(
-        Agent(
-            spiffe_id=taken.agent_id,
-            attestation_type=ATTESTATION_TYPE,
-            serials=(record.serial,),
-            svid_not_after=record.not_after,
-            attested_at=now,
-            last_seen_at=now,
-            agent_version=version,
-        )
-    )
     log("agent_attested", agent_id=str(taken.agent_id), serial=record.serial)
     return taken.agent_id, record, current_bundle(ca)
+
+
+def _save_attested(ca: Ca, agent_id: SpiffeId, record: SvidRecord, version: str) -> None:
+    now = ca.clock()
+    attested = Agent(
+        spiffe_id=agent_id,
+        attestation_type=ATTESTATION_TYPE,
+        serials=(record.serial,),
+        svid_not_after=record.not_after,
+        attested_at=now,
+        last_seen_at=now,
+        agent_version=version,
+    )
+    if not ca.store.save_agent(attested):
+        raise AgentBanned(_BANNED)  # while its SVID was made
 
 
 def renew_agent_svid(ca: Ca, caller: X509Svid, csr_der: bytes) -> SvidRecord:
     """Raises: PermissionDenied, AgentBanned, InvalidRequest, KeyTypeNotSupported, Unavailable."""
     agent = authorise_agent(ca, caller)
     record = _issue_agent_svid(ca, agent.spiffe_id, public_key_of_csr(csr_der))
-    ca.store.save_agent(
-        replace(
-            agent,
-            serials=(record.serial, caller.serial),
-            svid_not_after=record.not_after,
-            last_seen_at=ca.clock(),
-        )
+    saved = ca.store.renew_agent(
+        agent.spiffe_id,
+        renewed_from=caller.serial,
+        serial=record.serial,
+        not_after=record.not_after,
+        seen_at=ca.clock(),
     )
+    if not saved:
+        authorise_agent(ca, caller)  # says what happened while the SVID was made
+        raise PermissionDenied(_UNKNOWN)
     return record
 
 
@@ -116,7 +122,7 @@ def _issue_agent_svid(ca: Ca, agent_id: SpiffeId, public_key: CertificatePublicK
 def _check_not_banned(ca: Ca, agent_id: SpiffeId) -> None:
     try:
         if ca.store.get_agent(agent_id).banned:
-            raise AgentBanned("agent is banned; unban it first")
+            raise AgentBanned(_BANNED)
     except NotFound:
         return
 

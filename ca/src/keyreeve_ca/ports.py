@@ -108,7 +108,18 @@ class Store(Protocol):
 
     def prune_join_tokens(self, now: datetime) -> int: ...
 
-    def save_agent(self, agent: Agent) -> None: ...
+    def save_agent(self, agent: Agent) -> bool:
+        """Stores what attested; whether it did: never over a ban."""
+        ...
+
+    def renew_agent(
+        self, spiffe_id: SpiffeId, *, renewed_from: str, serial: str, not_after: datetime, seen_at: datetime
+    ) -> bool:
+        """Makes `serial` the newest SVID, only while the agent may act and by `renewed_from`, looked at in the same transaction.
+
+        Whether it did. So a renewal that began before an eviction, a ban or a new attestation cannot undo it.
+        """
+        ...
 
     def get_agent(self, spiffe_id: SpiffeId) -> Agent:
         """Raises: NotFound."""

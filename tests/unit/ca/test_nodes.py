@@ -28,8 +28,10 @@ from keyreeve_common.errors import (
     KeyTypeNotSupported,
     NotFound,
     PermissionDenied,
+    StorageBusy,
     Unavailable,
 )
+from keyreeve_common.identity import SpiffeId
 from keyreeve_common.x509_svid import X509Svid, parse_x509_svid
 
 N1 = "spiffe://example.org/keyreeve/agent/n1"
@@ -165,3 +167,61 @@ def test_evicted_banned_and_unknown_agents_do_not_act(rig: Any, csr: bytes) -> N
         connection.exec_driver_sql("DELETE FROM agents")
     with pytest.raises(PermissionDenied, match="not attested"):
         authorise_agent(rig.ca, fresh)
+
+
+def during_the_next_signature(rig: Any, monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    """Runs `act` once, while the key cluster signs."""
+    sign, left = rig.cluster.sign, [act]
+
+    def slow(*arguments: Any) -> bytes:
+        if left:
+            left.pop()()
+        return bytes(sign(*arguments))
+
+    monkeypatch.setattr(rig.cluster, "sign", slow)
+
+
+@pytest.mark.parametrize(("bar", "refusal"), [(ban_agent, AgentBanned), (evict_agent, PermissionDenied)])
+def test_renewal_that_is_under_way_undoes_no_eviction(
+    rig: Any, csr: bytes, monkeypatch: pytest.MonkeyPatch, bar: Any, refusal: type[Exception]
+) -> None:
+    first = attest(rig, csr)
+    during_the_next_signature(rig, monkeypatch, lambda: bar(rig.ca, N1))
+    with pytest.raises(refusal):
+        renew_agent_svid(rig.ca, first, csr)
+    with pytest.raises(refusal):
+        authorise_agent(rig.ca, first)
+
+
+def test_renewal_that_is_under_way_does_not_take_a_new_attestation_away(
+    rig: Any, csr: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stolen, fresh = attest(rig, csr), []
+    during_the_next_signature(rig, monkeypatch, lambda: fresh.append(attest(rig, csr)))
+    with pytest.raises(PermissionDenied):
+        renew_agent_svid(rig.ca, stolen, csr)
+    assert authorise_agent(rig.ca, fresh[0]).serials == (fresh[0].serial,)
+
+
+def test_attestation_that_is_under_way_undoes_no_ban(rig: Any, csr: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    attest(rig, csr)
+    token, _ = create_join_token(rig.ca, agent_id=N1, ttl=None)
+    during_the_next_signature(rig, monkeypatch, lambda: ban_agent(rig.ca, N1))
+    with pytest.raises(AgentBanned):
+        attest(rig, csr, token)
+    assert rig.store.get_agent(SpiffeId.parse(N1)).banned
+
+
+def test_agent_that_could_not_be_recorded_does_not_use_the_token_up(
+    rig: Any, csr: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, _ = create_join_token(rig.ca, agent_id=N1, ttl=None)
+
+    def busy(_: Any) -> bool:
+        raise StorageBusy("locked")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(rig.store, "save_agent", busy)
+        with pytest.raises(StorageBusy):
+            attest(rig, csr, token)
+    assert attest(rig, csr, token)

@@ -45,13 +45,31 @@ class NodeRecords(Part):
         with write_transaction(self.engine) as connection:
             return connection.execute(delete(schema.join_tokens).where(_T.expires_at <= now)).rowcount
 
-    def save_agent(self, agent: Agent) -> None:
+    def save_agent(self, agent: Agent) -> bool:
         row = agent_to_row(agent)
         with write_transaction(self.engine) as connection:
             same = _A.spiffe_id == row["spiffe_id"]
+            if connection.execute(select(_A.spiffe_id).where(same, _A.banned)).first() is not None:
+                return False
             if not connection.execute(update(schema.agents).where(same).values(**row)).rowcount:
                 connection.execute(schema.agents.insert().values(**row))
             bump(connection, CHANGES)
+            return True
+
+    def renew_agent(
+        self, spiffe_id: SpiffeId, *, renewed_from: str, serial: str, not_after: datetime, seen_at: datetime
+    ) -> bool:
+        with write_transaction(self.engine) as connection:
+            stored = _get(connection, spiffe_id)
+            if not stored.may_act or renewed_from not in stored.serials:
+                return False
+            connection.execute(
+                update(schema.agents)
+                .where(_A.spiffe_id == str(spiffe_id))
+                .values(serials=[serial, renewed_from], svid_not_after=not_after, last_seen_at=seen_at)
+            )
+            bump(connection, CHANGES)
+            return True
 
     def get_agent(self, spiffe_id: SpiffeId) -> Agent:
         with read_transaction(self.engine) as connection:
