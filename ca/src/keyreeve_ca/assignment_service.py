@@ -212,7 +212,9 @@ def _ensure_grant(ca: Ca, entry: Entry, key: ManagedKey, svid: SvidRecord, seen:
         case GrantAction.NONE:
             _claim(ca, known, replace(row, expires_at=seen_grant.expires_at if seen_grant else None))
         case GrantAction.CREATE:
-            _claim(ca, known, replace(row, state=GrantState.INTENDED))
+            # The CA's own revocation stays on record until the new grant is there: else it would look like an operator's.
+            withdrawn_at = known.revoked_at if known is not None else None
+            _claim(ca, known, replace(row, state=GrantState.INTENDED, revoked_at=withdrawn_at))
             seen[key.key_id] = ca.cluster.create_grant(key.key_id, agent, purposes=entry.purposes, expires_at=until)
             # Where the entry went meanwhile the row says withdrawing, and stays so: the grant is revoked next.
             ca.store.save_node_grant(row, expected=GrantState.INTENDED)

@@ -201,6 +201,30 @@ def test_failed_withdrawal_is_done_later(rig: Any) -> None:
     withdraw_grants(rig.ca)
 
 
+@pytest.mark.parametrize("gone_again", [False, True])
+def test_grant_that_could_not_be_made_again_at_once_is_made_later(
+    rig: Any, monkeypatch: pytest.MonkeyPatch, gone_again: bool
+) -> None:
+    entry = create_entry(rig.ca, rig.entry())
+    key_id = only(rig).key.key_id
+    delete_entry(rig.ca, entry.entry_id)
+    withdraw_grants(rig.ca)
+    again = create_entry(rig.ca, rig.entry())
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise Unavailable("away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(rig.cluster, "create_grant", away)
+        assert only(rig).error.code is ErrorCode.UNAVAILABLE
+    if gone_again:
+        delete_entry(rig.ca, again.entry_id)
+        withdraw_grants(rig.ca)
+        create_entry(rig.ca, rig.entry())
+    assert only(rig).error is None
+    assert not grant_of(rig, key_id).is_revoked
+
+
 @pytest.mark.parametrize("when", ["list_grants", "create_grant", "extend_grant"])
 def test_entry_that_is_deleted_during_a_sync_leaves_no_grant(rig: Any, when: str) -> None:
     entry = create_entry(rig.ca, rig.entry())

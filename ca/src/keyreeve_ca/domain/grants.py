@@ -30,7 +30,7 @@ class GrantState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NodeGrant:
-    """One row: `revoked_at` is what the key cluster answered when the CA withdrew it."""
+    """One row: `revoked_at` is what the key cluster answered when the CA withdrew it, kept until a grant is live again."""
 
     owner: KeyOwner
     agent: SpiffeId
@@ -57,7 +57,7 @@ def decide(known: NodeGrant | None, seen: Grant | None, wanted_until: datetime, 
         return GrantAction.RESPECT
     if seen is None:
         return GrantAction.CREATE
-    ours = known is not None and known.state is GrantState.WITHDRAWN and known.revoked_at == seen.revoked_at
+    ours = known is not None and known.revoked_at == seen.revoked_at
     return GrantAction.CREATE if ours else GrantAction.RESPECT
 
 
