@@ -216,8 +216,10 @@ def _ensure_grant(ca: Ca, entry: Entry, key: ManagedKey, svid: SvidRecord, seen:
             withdrawn_at = known.revoked_at if known is not None else None
             _claim(ca, known, replace(row, state=GrantState.INTENDED, revoked_at=withdrawn_at))
             seen[key.key_id] = ca.cluster.create_grant(key.key_id, agent, purposes=entry.purposes, expires_at=until)
-            # Where the entry went meanwhile the row says withdrawing, and stays so: the grant is revoked next.
-            ca.store.save_node_grant(row, expected=GrantState.INTENDED)
+            # Where the entry went meanwhile the row says withdrawing, and stays so: the grant is revoked next. Where another CA instance was
+            # done with the withdrawal before there was a grant, it has to look again.
+            if not ca.store.save_node_grant(row, expected=GrantState.INTENDED):
+                ca.store.save_node_grant(replace(row, state=GrantState.WITHDRAWING), expected=GrantState.WITHDRAWN)
             log("grant_created", key_id=key.key_id, holder=str(agent))
         case GrantAction.EXTEND:
             _claim(ca, known, row)

@@ -15,6 +15,7 @@ from keyreeve_ca.domain.entries import KeyScope, Selector
 from keyreeve_ca.domain.grants import EXPIRY_MARGIN
 from keyreeve_ca.domain.records import SvidState
 from keyreeve_ca.entry_service import create_entry, delete_entry, update_entry
+from keyreeve_ca.service import Locks
 from keyreeve_ca.withdrawal_service import withdraw_grants
 from keyreeve_client.key_admin import KeyState
 from keyreeve_common.errors import (
@@ -223,6 +224,22 @@ def test_grant_that_could_not_be_made_again_at_once_is_made_later(
         create_entry(rig.ca, rig.entry())
     assert only(rig).error is None
     assert not grant_of(rig, key_id).is_revoked
+
+
+def test_grant_that_another_instance_withdrew_before_it_was_made_is_revoked(rig: Any) -> None:
+    entry = create_entry(rig.ca, rig.entry())
+    other = replace(rig.ca, locks=Locks())
+    create = rig.cluster.create_grant
+
+    def withdraw_first(*arguments: Any, **named: Any) -> Any:
+        delete_entry(other, entry.entry_id)
+        withdraw_grants(other)
+        return create(*arguments, **named)
+
+    rig.cluster.create_grant = withdraw_first
+    assignment = only(rig)
+    withdraw_grants(other)
+    assert grant_of(rig, assignment.key.key_id).is_revoked
 
 
 @pytest.mark.parametrize("when", ["list_grants", "create_grant", "extend_grant"])
