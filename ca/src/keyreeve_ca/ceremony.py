@@ -1,7 +1,8 @@
 """The ceremony that brings a trust domain to life: `keyreeve init`. Idempotent, and resumable at any step.
 
 It runs where the key server's local admin socket is, so no network identity is needed yet. A second run repairs the services' own SVIDs where
-they are missing or expired, and changes nothing else: authorities are kept, grants that somebody revoked stay revoked.
+they are missing or expired, and replaces an issuing authority that expired while no CA ran to rotate it; it changes nothing else: authorities
+are kept, grants that somebody revoked stay revoked.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any, Protocol
 from keyreeve_common.errors import FailedPrecondition, KeyreeveError
 from keyreeve_common.files import make_private_directory, write_atomic
 
-from keyreeve_ca.authority_service import ensure_own_grant, make_root, prepare_authority
+from keyreeve_ca.authority_service import ensure_own_grant, make_root, prepare_authority, rotate_authorities
 from keyreeve_ca.config import CaConfig
-from keyreeve_ca.domain.authority import Authority, active_authority
+from keyreeve_ca.domain.authority import Authority, AuthorityAction, active_authority
 from keyreeve_ca.own_svids import OwnSvid, certify_key_server
 from keyreeve_ca.ports import KeyServerIdentity, Store
 from keyreeve_ca.service import Ca, current_bundle
@@ -93,9 +94,15 @@ class Ceremony:
     def _issuing(self) -> Step:
         try:
             active = active_authority(self.store.list_authorities())
-            return Step("issuing authority", StepState.KEPT, _about(active))
         except FailedPrecondition:
             return Step("issuing authority", StepState.MADE, _about(prepare_authority(self.ca)))
+        if not active.is_expired(self.ca.clock()):
+            return Step("issuing authority", StepState.KEPT, _about(active))
+        # The CA cannot do it: it does not start without an SVID of its own, which an expired authority cannot issue.
+        if rotate_authorities(self.ca) is AuthorityAction.PREPARE:
+            rotate_authorities(self.ca)
+        fresh = active_authority(self.store.list_authorities())
+        return Step("issuing authority", StepState.REPAIRED, f"{_about(fresh)}; before: expired")
 
     def _grants(self) -> Iterator[Step]:
         for authority in self.store.list_authorities():

@@ -12,9 +12,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
+from keyreeve_ca.authority_service import prepare_authority
 from keyreeve_ca.ceremony import Ceremony, StepState, give_to_owner
 from keyreeve_ca.config import CaConfig, KeyClusterConfig, load_ca_config
-from keyreeve_ca.domain.authority import AuthorityState
+from keyreeve_ca.domain.authority import AuthorityState, active_authority
 from keyreeve_ca.own_svids import OwnSvid
 from keyreeve_ca.renewal import Renewal
 from keyreeve_ca.service import Ca
@@ -146,6 +147,22 @@ def test_expired_service_svids_are_repaired_and_nothing_else(bench: Bench) -> No
     assert states["CA's own SVID"] is StepState.REPAIRED
     assert bench.store.list_authorities() == authorities
     bench.own.read()
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_issuing_authority_that_expired_while_the_ca_was_off_is_replaced(bench: Bench, prepared: bool) -> None:
+    bench.run()
+    (_, first) = bench.store.list_authorities()
+    if prepared:
+        bench.clock.now = first.not_after - timedelta(days=1)
+        prepare_authority(bench.ca)
+    bench.clock.now = first.not_after + timedelta(days=2)
+    states = bench.run()
+    assert states["issuing authority"] is StepState.REPAIRED
+    assert active_authority(bench.store.list_authorities()).not_after > bench.clock.now
+    assert len(bench.store.list_authorities()) == 3
+    assert bench.own.read().not_after > bench.clock.now
+    assert set(bench.run().values()) == {StepState.KEPT}
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "foreign"])
