@@ -7,7 +7,9 @@ are kept, grants that somebody revoked stay revoked.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -58,15 +60,20 @@ class Ceremony:
 
     def run(self) -> Iterator[Step]:
         """Raises: KeyreeveError at the step that fails; a later run goes on there."""
-        yield self._check_key_server()
-        yield self._schema()
-        yield self._root()
-        yield self._issuing()
-        yield from self._grants()
-        yield self._own_svid()
-        yield self._key_server_svid()
-        yield self._bundle_file()
-        give_to_owner(self.config.state_dir)
+        try:
+            yield self._check_key_server()
+            yield self._schema()
+            yield self._root()
+            yield self._issuing()
+            yield from self._grants()
+            yield self._own_svid()
+            yield self._key_server_svid()
+            yield self._bundle_file()
+        finally:
+            if (
+                self.config.state_dir.is_dir()
+            ):  # also where a step failed: a CA that runs must be able to read its files
+                give_to_owner(self.config.state_dir)
 
     @property
     def _own(self) -> OwnSvid:
@@ -147,7 +154,9 @@ class Ceremony:
 def _write_if_changed(path: Path, data: bytes) -> bool:
     if path.exists() and path.read_bytes() == data:
         return False
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for missing in [each for each in reversed(path.parents) if not each.exists()]:
+        missing.mkdir()
+        missing.chmod(0o755)  # a bundle is for everybody, whatever the umask
     write_atomic(path, data)
     return True
 
@@ -157,10 +166,13 @@ def _about(authority: Authority) -> str:
 
 
 def give_to_owner(directory: Path, *, chown: Callable[..., Any] = os.chown) -> None:
-    """What root made in a service's own directory belongs to that service's user."""
+    """What root made in a service's own directory belongs to that service's user: its files, not what a link there leads to."""
     if os.geteuid() != 0:
         return
     owner = directory.stat()
     for path in directory.iterdir():
-        if path.stat().st_uid != owner.st_uid:
-            chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+        with contextlib.suppress(FileNotFoundError):  # SQLite's side files come and go
+            status = path.lstat()
+            own = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            if own and status.st_uid != owner.st_uid:
+                chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from datetime import timedelta
 from pathlib import Path
@@ -203,6 +204,47 @@ def test_files_made_by_root_belong_to_the_service(tmp_path: Path) -> None:
     seen: list[Path] = []
     give_to_owner(tmp_path, chown=lambda path, *_, **__: seen.append(path))
     assert seen == []  # same owner already
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_root_made_is_given_away_where_the_run_broke_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.chown(bench.config.state_dir, 12345, 12345)
+
+    def away(*_: Any) -> Any:
+        raise Unavailable("away")
+
+    monkeypatch.setattr(bench.cluster.server, "install_svid", away)
+    with pytest.raises(Unavailable):
+        bench.run()
+    made = list(bench.config.state_dir.iterdir())
+    assert bench.config.svid_files.key in made
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(12345, 12345)}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_only_files_of_the_directory_itself_are_given_away(tmp_path: Path) -> None:
+    state, other = tmp_path / "state", tmp_path / "other"
+    state.mkdir()
+    other.touch()
+    os.chown(state, 12345, 12345)
+    (state / "made").touch()
+    (state / "dangling").symlink_to(tmp_path / "nothing")
+    (state / "link").symlink_to(other)
+    (state / "hard").hardlink_to(other)
+    give_to_owner(state)
+    assert (state / "made").stat().st_uid == 12345
+    assert other.stat().st_uid == 0
+
+
+def test_agents_can_reach_the_bundle_file_whatever_the_umask(bench: Bench) -> None:
+    before = os.umask(0o077)
+    try:
+        bench.run()
+    finally:
+        os.umask(before)
+    assert bench.config.bundle_file is not None
+    assert bench.config.bundle_file.stat().st_mode & 0o777 == 0o644
+    assert bench.config.bundle_file.parent.stat().st_mode & 0o777 == 0o755
 
 
 def test_background_renews_own_and_key_servers_svids_at_half_life(bench: Bench) -> None:
