@@ -125,7 +125,7 @@ def ensure_svid(ca: Ca, entry: Entry, *, renew: bool = False) -> tuple[ManagedKe
         current = ca.store.current_svid(entry.owner.digest)
         dns_names, ttl = _order_of(ca, entry.owner)
         wanted = digest_of(key.key_id, ttl, *dns_names)
-        valid = current is not None and current.key_id == key.key_id and now < current.not_after
+        valid = current is not None and current.key_id == key.key_id and current.not_before <= now < current.not_after
         if current is not None and valid and current.wanted == wanted and now < renew_at(current) and not renew:
             return key, current
         order = SvidOrder(
@@ -145,9 +145,12 @@ def ensure_svid(ca: Ca, entry: Entry, *, renew: bool = False) -> tuple[ManagedKe
 
 
 def renew_at(record: SvidRecord) -> datetime:
-    """Half life, give or take a twentieth by the serial, so that a fleet does not renew as one."""
+    """Half of what it lives after its issuance, give or take a twentieth by the serial, so that a fleet does not renew as one.
+
+    The back-date does not count: one that is longer than the life would make every SVID due as soon as it is issued.
+    """
     jitter = (int(record.serial[-4:], 16) / 0xFFFF - 0.5) / 10
-    return record.not_before + (record.not_after - record.not_before) * (0.5 + jitter)
+    return record.created_at + (record.not_after - record.created_at) * (0.5 + jitter)
 
 
 def _order_of(ca: Ca, owner: KeyOwner) -> tuple[tuple[str, ...], timedelta]:

@@ -62,8 +62,8 @@ def test_first_sync_makes_key_svid_and_grant_and_the_second_nothing(rig: Any) ->
 def test_svid_is_renewed_at_half_life_and_its_grant_extended(rig: Any) -> None:
     create_entry(rig.ca, rig.entry())
     first = only(rig)
-    life = first.svid.not_after - first.svid.not_before
-    assert 0.45 <= (renew_at(first.svid) - first.svid.not_before) / life <= 0.55
+    life = first.svid.not_after - first.svid.created_at
+    assert 0.45 <= (renew_at(first.svid) - first.svid.created_at) / life <= 0.55
     rig.clock.now = renew_at(first.svid) - timedelta(seconds=1)
     assert only(rig).svid == first.svid
     rig.clock.now = renew_at(first.svid)
@@ -71,6 +71,25 @@ def test_svid_is_renewed_at_half_life_and_its_grant_extended(rig: Any) -> None:
     assert second.svid.serial != first.svid.serial
     assert second.key == first.key
     assert grant_of(rig, first.key.key_id).expires_at == second.svid.not_after + EXPIRY_MARGIN
+
+
+def test_svid_that_lives_shorter_than_it_is_back_dated_is_not_issued_without_end(rig: Any) -> None:
+    create_entry(rig.ca, rig.entry(x509_svid_ttl=timedelta(seconds=5)))  # back-dated by 10 s
+    first = only(rig)
+    assert only(rig).svid == first.svid
+    rig.clock.advance(timedelta(seconds=2))
+    assert only(rig).svid == first.svid
+    rig.clock.advance(timedelta(seconds=1))
+    assert only(rig).svid.serial != first.svid.serial
+
+
+def test_svid_from_a_clock_that_was_ahead_is_replaced(rig: Any) -> None:
+    create_entry(rig.ca, rig.entry())
+    rig.clock.advance(timedelta(minutes=20))
+    ahead = only(rig)
+    rig.clock.advance(-timedelta(minutes=20))
+    assert ahead.svid.not_before > rig.clock.now
+    assert only(rig).svid.not_before <= rig.clock.now
 
 
 def test_changed_order_is_issued_at_once(rig: Any) -> None:
