@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from keyreeve_common.errors import Conflict, KeyreeveError
+from keyreeve_common.errors import Conflict, KeyreeveError, Unavailable
 from keyreeve_common.identity import SpiffeId
 from keyreeve_common.telemetry import log, log_exception, log_warning
 
@@ -95,7 +95,19 @@ class Renewal:
             raise failure
 
     def _renew_assignments(self) -> None:
-        """Agents that are connected are served by their stream as well; whoever comes first does the work."""
+        """Agents that are connected are served by their stream as well; whoever comes first does the work.
+
+        What fails for one agent does not stop the others, unless the store itself is away.
+        """
+        failure: Exception | None = None
         for agent in self.ca.store.list_agents(limit=_ALL):
-            if agent.may_act:
+            if not agent.may_act:
+                continue
+            try:
                 sync_agent(self.ca, agent.spiffe_id)
+            except Unavailable:
+                raise
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure

@@ -17,12 +17,13 @@ from keyreeve_ca.authority_service import prepare_authority
 from keyreeve_ca.ceremony import Ceremony, StepState, give_to_owner
 from keyreeve_ca.config import CaConfig, KeyClusterConfig, load_ca_config
 from keyreeve_ca.domain.authority import AuthorityState, active_authority
+from keyreeve_ca.domain.records import Agent
 from keyreeve_ca.own_svids import OwnSvid
 from keyreeve_ca.renewal import Renewal
 from keyreeve_ca.service import Ca
 from keyreeve_ca.signers.local import InMemoryKeyCluster, InMemoryKeyServer, ThrowAwayKeys
 from keyreeve_ca.store.sql_store import SqlStore
-from keyreeve_common.errors import ConfigInvalid, Conflict, Unavailable
+from keyreeve_common.errors import ConfigInvalid, Conflict, InvalidRequest, Unavailable
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_testing.pki import TestPki
 
@@ -260,6 +261,26 @@ def test_background_renews_own_and_key_servers_svids_at_half_life(bench: Bench) 
     assert bench.cluster.server.not_after is not None
     assert served is not None
     assert bench.cluster.server.not_after > served
+
+
+def test_agent_that_cannot_be_served_does_not_stop_the_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.run()
+    for name in ("n1", "n2", "n3"):
+        agent_id = SpiffeId(TrustDomain("example.org"), f"/keyreeve/agent/{name}")
+        now = bench.clock.now
+        bench.store.save_agent(Agent(agent_id, "join_token", ("1",), now, now, now))
+    served: list[str] = []
+
+    def sync(_: Any, agent: SpiffeId) -> None:
+        served.append(agent.path[-2:])
+        if agent.path.endswith("n1"):
+            raise InvalidRequest("a row that does not parse")
+        if agent.path.endswith("n2"):
+            raise ValueError("a fault of ours")
+
+    monkeypatch.setattr("keyreeve_ca.renewal.sync_agent", sync)
+    Renewal(bench.ca, bench.own, bench.config.key_server_id).round()
+    assert served == ["n1", "n2", "n3"]
 
 
 def test_background_rotates_and_survives_a_cluster_that_is_away(bench: Bench) -> None:
