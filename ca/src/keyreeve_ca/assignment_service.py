@@ -173,17 +173,20 @@ def _ensure_key(ca: Ca, entry: Entry) -> ManagedKey:
     if known is not None and known.fingerprint == fingerprint:
         if known.use is KeyUse.IN_USE:
             return known
-        if known.use in (KeyUse.RETIRING, KeyUse.RETIRED):
+        state = ca.cluster.get_key(known.key_id).state
+        if state is KeyState.DISABLED and known.use in (KeyUse.RETIRING, KeyUse.RETIRED):
             ca.cluster.enable_key(known.key_id)
-        if ca.cluster.get_key(known.key_id).state is KeyState.DISABLED:
+            state = KeyState.ENABLED
+        if state is KeyState.DISABLED:
             raise KeyDisabled("an operator disabled this identity's key; `keyreeve key enable` brings it back")
-        if ca.cluster.get_key(known.key_id).state is KeyState.ENABLED:
+        if state is KeyState.ENABLED:
             known = replace(known, use=KeyUse.IN_USE)
             ca.store.save_managed_key(known)
             return known
     # A new generation: never because two entries, created at the same moment, disagree about the key that they share.
     check_shared_key(entry, ca.store.list_entries(spiffe_id=owner.spiffe_id, limit=_ALL))
-    if known is not None and known.use in (KeyUse.IN_USE, KeyUse.RETIRING):
+    in_use = known is not None and known.use in (KeyUse.IN_USE, KeyUse.RETIRING)
+    if known is not None and in_use and ca.cluster.get_key(known.key_id).state is KeyState.ENABLED:
         ca.cluster.disable_key(known.key_id)  # its grants die with it, whatever becomes of their rows
     generation = known.generation + 1 if known is not None else 1
     key = ca.cluster.create_key(

@@ -140,6 +140,27 @@ def test_key_that_an_operator_disabled_is_not_enabled_by_a_new_entry(rig: Any) -
     assert only(rig).key.key_id == key_id
 
 
+def test_key_that_was_destroyed_after_it_retired_is_replaced(rig: Any) -> None:
+    entry = create_entry(rig.ca, rig.entry())
+    key_id = only(rig).key.key_id
+    delete_entry(rig.ca, entry.entry_id)
+    withdraw_grants(rig.ca)
+    rig.cluster.destroy_key(key_id)
+    create_entry(rig.ca, rig.entry())
+    again = only(rig)
+    assert again.error is None
+    assert again.key.key_id != key_id
+
+
+def test_destroyed_key_does_not_stand_in_the_way_of_another_kind(rig: Any) -> None:
+    entry = create_entry(rig.ca, rig.entry())
+    key_id = only(rig).key.key_id
+    rig.cluster.destroy_key(key_id)
+    delete_entry(rig.ca, entry.entry_id)
+    create_entry(rig.ca, rig.entry(key_type=KeyType.EC_P384))  # before the withdrawal ran
+    assert only(rig).error is None
+
+
 def test_other_kind_of_key_is_another_key_and_keeps_the_revocation(rig: Any) -> None:
     entry = create_entry(rig.ca, rig.entry())
     first = only(rig)

@@ -99,6 +99,9 @@ class InMemoryKeyCluster:
     def enable_key(self, key_id: str) -> None:
         self._set_state(key_id, KeyState.ENABLED)
 
+    def destroy_key(self, key_id: str) -> None:
+        self._set_state(key_id, KeyState.DESTROYED)
+
     def create_grant(
         self, key_id: str, holder: SpiffeId, *, purposes: frozenset[Purpose], expires_at: datetime | None
     ) -> Grant:
@@ -155,6 +158,8 @@ class InMemoryKeyCluster:
     def _set_state(self, key_id: str, state: KeyState) -> None:
         with self._lock:
             stored = self._stored(key_id)
+            if stored.key.state is KeyState.DESTROYED and state is not KeyState.DESTROYED:
+                raise FailedPrecondition("the key is destroyed")
             stored.key = replace(stored.key, state=state)
 
     def _stored(self, key_id: str) -> _Stored:
