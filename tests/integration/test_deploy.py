@@ -18,7 +18,7 @@ from keyreeve_keyserver.signer.config import SignerConfig
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG, UNITS, NGINX = ROOT / "deploy/config", ROOT / "deploy/systemd", ROOT / "deploy/nginx"
 # The most that `systemd-analyze security` may find wrong with each, 0 (nothing) to 10.
-EXPOSURE = {"keyreeve-signer": 0.5, "keyreeve-keyserver": 1.5, "keyreeve-ca": 1.5, "keyreeve-agent": 3.0}
+EXPOSURE = {"keyreeve-signer": 0.6, "keyreeve-keyserver": 1.5, "keyreeve-ca": 1.5, "keyreeve-agent": 3.0}
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 
 
@@ -63,6 +63,23 @@ def test_the_signer_has_no_network_and_a_user_of_its_own() -> None:
     users = [_unit(name)["User"][0] for name in EXPOSURE]
     assert len(set(users)) == len(users)
     assert all(_unit(name)["LimitCORE"] == ["0"] for name in EXPOSURE)
+
+
+def test_the_front_end_gets_to_the_signers_socket_and_is_known_there() -> None:
+    """The socket is 0660 of the signer's group; SO_PEERCRED shows other users only outside a user namespace."""
+    signer, front_end = _unit("keyreeve-signer"), _unit("keyreeve-keyserver")
+    assert signer["Group"] == front_end["SupplementaryGroups"]
+    assert "PrivateUsers" not in signer
+
+
+def test_the_agent_gets_its_directories() -> None:
+    """`name:other` is a symbolic link to systemd, not a mode; the join token has to lie where the agent may remove it."""
+    unit = _unit("keyreeve-agent")
+    assert unit["RuntimeDirectory"] == ["keyreeve keyreeve-agent"]
+    assert unit["ExecStartPre"] == ["/bin/chmod 0700 /run/keyreeve-agent"]
+    token = load_config(AgentConfig, CONFIG / "agent.toml").join_token_file
+    assert token is not None
+    assert token.parent == Path("/var/lib") / unit["StateDirectory"][0]
 
 
 @needs_systemd
