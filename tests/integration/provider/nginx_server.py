@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from provider_support import Identity, accepts, free_port, running, wait_until
+from keyreeve_testing.processes import free_port
+from provider_support import Identity, accepts, running, wait_until
 
 NGINX = "/usr/sbin/nginx"
 

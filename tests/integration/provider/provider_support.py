@@ -125,12 +125,6 @@ def write_openssl_conf(path: Path, **settings: object) -> Path:
     return path
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:
     """Polls: for what other processes do, which nothing here can be told of."""
     deadline = time.monotonic() + seconds

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from fake_agent import FakeAgent
-from provider_support import Authority, Identity, accepts, free_port, handshake, running, wait_until
+from keyreeve_testing.processes import free_port
+from provider_support import Authority, Identity, accepts, handshake, running, wait_until
 
 APACHE = "/usr/sbin/apache2"
 MODULES = "/usr/lib/apache2/modules"

@@ -17,12 +17,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fake_agent import FakeAgent
 from keyreeve_common.purposes import Purpose
+from keyreeve_testing.processes import free_port
 from nginx_server import Nginx
 from provider_support import (
     Authority,
     Identity,
     environment,
-    free_port,
     handshake,
     running,
     wait_until,

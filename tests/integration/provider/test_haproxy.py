@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from fake_agent import FakeAgent
-from provider_support import PROVIDER_DIR, Authority, Identity, accepts, free_port, handshake, running, wait_until
+from keyreeve_testing.processes import free_port
+from provider_support import PROVIDER_DIR, Authority, Identity, accepts, handshake, running, wait_until
 
 HAPROXY = "/usr/sbin/haproxy"
 CLIENTS = 10

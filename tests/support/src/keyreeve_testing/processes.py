@@ -23,6 +23,7 @@ from typing import Any
 
 LogEvent = dict[str, Any]
 DEFAULT_TIMEOUT_S = 30.0
+_PORTS = range(15_000, 32_000)
 
 
 class ProcessFailed(AssertionError):
@@ -233,11 +234,23 @@ class ManagedProcess:
             self._changed.notify_all()
 
 
+_given_out: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that nobody listens on now, and that no outgoing connection takes before it is used.
+
+    The kernel gives outgoing connections ports from 32768 on (`ip_local_port_range`), so ours lie below; none is given out twice.
+    """
+    for _ in range(1000):
+        port = secrets.choice(_PORTS)
+        if port in _given_out:
+            continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            _given_out.add(port)
+            return port
+    raise AssertionError("no free port was found on 127.0.0.1")
 
 
 def children_of(pid: int) -> list[int]:
