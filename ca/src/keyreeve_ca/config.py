@@ -154,7 +154,10 @@ class CaConfig:
         if url.get_backend_name() == "postgresql":
             url = url.set(drivername="postgresql+psycopg")
         if self.database.password_file is not None:
-            url = url.set(password=read_secret(self.database.password_file).decode())
+            try:
+                url = url.set(password=read_secret(self.database.password_file).decode())
+            except UnicodeDecodeError:  # its text would show a byte of the password
+                raise ConfigInvalid(f"{self.database.password_file}: password is not UTF-8") from None
         return url.render_as_string(hide_password=False)
 
     def policy(self) -> Policy:

@@ -349,3 +349,15 @@ def test_postgresql_password_comes_from_its_file(tmp_path: Path) -> None:
     secret.write_text("p@ss\n")
     path.write_text(GOOD + '[database]\nurl = "postgresql://ca@db/keyreeve"\npassword_file = "password"')
     assert load_ca_config(path).database_url() == "postgresql+psycopg://ca:p%40ss@db/keyreeve"
+
+
+def test_password_that_is_no_text_is_named_without_a_byte_of_it(tmp_path: Path) -> None:
+    password = tmp_path / "password"
+    password.write_bytes(b"secret\xff")
+    password.chmod(0o600)
+    path = tmp_path / "ca.toml"
+    path.write_text(GOOD + '[database]\nurl = "postgresql://ca@db/keyreeve"\npassword_file = "password"')
+    with pytest.raises(ConfigInvalid, match="not UTF-8") as caught:
+        load_ca_config(path).database_url()
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
