@@ -116,7 +116,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
 
     `allow` maps a service or a method path ("/keyreeve.ca.v1.Entries/" or "/keyreeve.ca.v1.Entries/ListEntries", the longest match
     counts) to callers: SPIFFE IDs, SPIFFE ID prefixes that end in "/*", LOCAL, ANYONE. A path that is not in the table is refused.
-    `translate` turns an adapter's own exceptions into ours; what it leaves alone is Internal.
+    Adapters raise our errors; any other exception is Internal to the caller, and its text stands in the log only.
     """
 
     trust_domain: Callable[[], TrustDomain | None]
