@@ -445,10 +445,10 @@ async def test_full_disk_is_storage_full(tmp_path: Path) -> None:
 _LOSE_SESSION = """
 import sys
 from keyreeve_common.schemes import KeyType, SignatureScheme
-from keyreeve_keyserver.backends.pkcs11_frames import Open, TokenSignItem
-from keyreeve_keyserver.backends.pkcs11_token import Token
+from keyreeve_keyserver.backends.worker_frames import TokenSignItem
+from keyreeve_keyserver.backends.pkcs11_token import Token, TokenSettings
 import time
-token = Token(Open(*sys.argv[1:]))
+token = Token(TokenSettings(*sys.argv[1:]))
 token.create("k", "label", KeyType.EC_P256)
 item = TokenSignItem("k", SignatureScheme.ECDSA_SECP256R1_SHA256, 10_000, b"message")
 token.sign(item, received=time.monotonic())
@@ -479,7 +479,7 @@ _LOSE_SESSION_AND_PIN = """
 import sys, time
 from pathlib import Path
 from keyreeve_common.schemes import KeyType, SignatureScheme
-from keyreeve_keyserver.backends.pkcs11_frames import Open, TokenSign, TokenSignItem
+from keyreeve_keyserver.backends.worker_frames import Open, TokenSign, TokenSignItem
 from keyreeve_keyserver.backends.pkcs11_token import Token
 from keyreeve_keyserver.backends.pkcs11_worker import Worker
 
@@ -491,7 +491,7 @@ class Counted:
         return self.token.open(**arguments)
 
 worker = Worker()
-worker.answer(Open(*sys.argv[1:]))
+worker.answer(Open(dict(zip(("module", "token_label", "pin_file", "softhsm_conf"), sys.argv[1:]))))
 token = worker._token
 token.create("k", "label", KeyType.EC_P256)
 Path(sys.argv[3]).write_text("00000000")

@@ -1,4 +1,4 @@
-"""Frames of a PKCS#11 worker: nothing but MalformedFrame comes out, and an accepted question has one encoding."""
+"""Frames of a backend worker: nothing but MalformedFrame comes out, and an accepted question has one encoding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 from harness import main
 from keyreeve_common.errors import MalformedFrame
-from keyreeve_keyserver.backends import pkcs11_frames as frames
+from keyreeve_keyserver.backends import worker_frames as frames
 
 
 def target(data: bytes) -> str:

@@ -12,7 +12,7 @@ from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import Purpose, build_tls13_content
 from keyreeve_common.schemes import KeyType, SignatureScheme
 from keyreeve_keyserver import frames
-from keyreeve_keyserver.backends import pkcs11_frames as worker
+from keyreeve_keyserver.backends import worker_frames as worker
 from keyreeve_testing import tbs
 
 _ITEM = frames.SignItem(1, KeyId("key-1"), 0x0403, 1, 2000, build_tls13_content(Purpose.TLS13_SERVER_VERIFY, bytes(32)))
@@ -33,8 +33,8 @@ SEEDS: dict[str, dict[str, bytes]] = {
         "stream": frames.Control(1, "health").to_bytes() * 2,
     },
     "worker_frames": {
-        "open": worker.Open("/m.so", "label", "/pin", "/conf").to_bytes()[4:],
-        "create": worker.Create("key-1", KeyType.EC_P256).to_bytes()[4:],
+        "open": worker.Open({"module": "/m.so", "pin_file": "/pin"}).to_bytes()[4:],
+        "create": worker.Create("ref-1", "key-1", KeyType.EC_P256).to_bytes()[4:],
         "find": worker.Find("key-1").to_bytes()[4:],
         "destroy": worker.Destroy("key-1").to_bytes()[4:],
         "sign": worker.TokenSign((_SIGN, _SIGN)).to_bytes()[4:],

@@ -1,46 +1,15 @@
-"""Keys that live in a PKCS#11 token, reached through worker processes. This module loads no PKCS#11: the signer never sees the module or PIN."""
+"""Keys that live in a PKCS#11 token. This module loads no PKCS#11: the signer never sees the vendor's module or the PIN."""
 
 from __future__ import annotations
 
-import asyncio
-import secrets
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import cast
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import load_der_public_key
-from keyreeve_common.errors import (
-    Internal,
-    KeyNotFound,
-    KeyreeveError,
-    KeyTypeNotSupported,
-    SealedRecordInvalid,
-    TokenUnavailable,
-)
-from keyreeve_common.key_id import KeyId
-from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, SignatureScheme
+from keyreeve_keyserver.backends.worker_backend import WorkerBackend
+from keyreeve_keyserver.domain.keys import Custody
 
-from keyreeve_keyserver.backends import pkcs11_frames as frames
-from keyreeve_keyserver.backends.pkcs11_pool import WorkerPool
-from keyreeve_keyserver.backends.ports import (
-    BackendHealth,
-    BackendState,
-    Capabilities,
-    CreatedKey,
-    SignOutcome,
-    SignRequest,
-)
-from keyreeve_keyserver.backends.rsa_padding import rsa_padding
-from keyreeve_keyserver.domain.keys import Custody, KeyRecord
-from keyreeve_keyserver.domain.secret import Secret
-
-_CHUNKS = {KeyFamily.EC_P256: 16, KeyFamily.EC_P384: 16, KeyFamily.ED25519: 16, KeyFamily.RSA: 4}
-_REF_BYTES = 16
+PROGRAM = "keyreeve_keyserver.backends.pkcs11_worker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,145 +24,18 @@ class Pkcs11Settings:
     softhsm_conf: Path | None = None
 
 
-class Pkcs11Backend:
+class Pkcs11Backend(WorkerBackend):
     def __init__(self, name: str, settings: Pkcs11Settings) -> None:
-        self._name = name
-        self._timeout = settings.call_timeout
-        self._loaded: dict[KeyId, rsa.RSAPublicKey | None] = {}
-        opening = frames.Open(
-            module=str(settings.module),
-            token_label=settings.token_label,
-            pin_file=str(settings.pin_file),
-            softhsm_conf=str(settings.softhsm_conf or ""),
+        super().__init__(
+            name,
+            PROGRAM,
+            settings={
+                "module": str(settings.module),
+                "token_label": settings.token_label,
+                "pin_file": str(settings.pin_file),
+                "softhsm_conf": str(settings.softhsm_conf or ""),
+            },
+            custody=Custody.TOKEN_RESIDENT,
+            workers=settings.workers,
+            call_timeout=settings.call_timeout,
         )
-        self._pool = WorkerPool(name, opening, workers=settings.workers, call_timeout=settings.call_timeout)
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def worker_pids(self) -> tuple[int, ...]:
-        return self._pool.pids
-
-    async def start(self) -> None:
-        await self._pool.start()
-
-    async def close(self) -> None:
-        self._loaded.clear()
-        await self._pool.close()
-
-    def capabilities(self) -> Capabilities:
-        offered = self._pool.description
-        return Capabilities(
-            Custody.TOKEN_RESIDENT,
-            tuple(KeyType(name) for name in offered.get("key_types", ())),
-            tuple(SignatureScheme(number) for number in offered.get("schemes", ())),
-        )
-
-    def health(self) -> BackendHealth:
-        fault = self._pool.fault
-        return BackendHealth(
-            state=BackendState.UP if fault is None else BackendState.DOWN,
-            detail="" if fault is None else fault.detail,
-            workers=len(self._pool.pids),
-            waiting=self._pool.waiting,
-        )
-
-    async def create(self, key_id: KeyId, key_type: KeyType) -> CreatedKey:
-        if self._pool.fault is None and key_type not in self.capabilities().key_types:
-            raise KeyTypeNotSupported(f"backend {self._name} has no keys of type {key_type.value}")
-        # Key ids are the front end's to choose; the reference is ours and never comes back, so that the record of a destroyed key
-        # cannot be loaded over a later key of the same id.
-        ref = secrets.token_hex(_REF_BYTES)
-        answer = await self._done(frames.Create(ref, key_id, key_type))
-        try:
-            spki_der = bytes.fromhex(cast("str", answer["spki_der"]))
-            attributes = dict(cast("dict[str, str | bool]", answer["attributes"]))
-        except (KeyError, ValueError, TypeError):
-            raise Internal("the PKCS#11 worker's answer to a creation cannot be read") from None
-        return CreatedKey(spki_der, ref, None, attributes)
-
-    async def load(self, record: KeyRecord, secret: Secret | None) -> None:
-        if secret:
-            raise SealedRecordInvalid("record of a token key holds a software key")
-        await self._done(frames.Find(record.backend_ref))
-        public_key = load_der_public_key(record.spki_der)
-        self._loaded[record.key_id] = public_key if isinstance(public_key, rsa.RSAPublicKey) else None
-
-    def forget(self, key_id: KeyId) -> None:
-        self._loaded.pop(key_id, None)
-
-    async def destroy(self, record: KeyRecord) -> None:
-        self.forget(record.key_id)
-        await self._done(frames.Destroy(record.backend_ref))
-
-    async def sign(self, requests: Sequence[SignRequest]) -> list[SignOutcome]:
-        outcomes: list[SignOutcome] = [KeyNotFound() for _ in requests]
-        await asyncio.gather(*(self._sign_chunk(chunk, outcomes) for chunk in self._chunks(requests)))
-        return outcomes
-
-    def _chunks(self, requests: Sequence[SignRequest]) -> list[list[tuple[int, SignRequest]]]:
-        lanes: dict[KeyFamily, list[tuple[int, SignRequest]]] = {}
-        for index, request in enumerate(requests):
-            if request.record.key_id in self._loaded:
-                lanes.setdefault(request.record.key_type.family, []).append((index, request))
-        return [
-            lane[at : at + _CHUNKS[family]]
-            for family, lane in lanes.items()
-            for at in range(0, len(lane), _CHUNKS[family])
-        ]
-
-    async def _sign_chunk(self, chunk: list[tuple[int, SignRequest]], outcomes: list[SignOutcome]) -> None:
-        now = time.monotonic()
-        left = [max(request.deadline - now, 0) for _, request in chunk]
-        question = frames.TokenSign(
-            tuple(
-                frames.TokenSignItem(request.record.backend_ref, request.scheme, int(seconds * 1000), request.message)
-                for (_, request), seconds in zip(chunk, left, strict=True)
-            )
-        )
-        try:
-            answer = await self._pool.ask(question, within=timedelta(seconds=max(left)))
-            if not isinstance(answer, frames.TokenSigned) or len(answer.outcomes) != len(chunk):
-                raise TokenUnavailable("the PKCS#11 worker gave an answer to another question")
-        except KeyreeveError as error:
-            for index, _ in chunk:
-                outcomes[index] = error
-            return
-        for (index, request), outcome in zip(chunk, answer.outcomes, strict=True):
-            outcomes[index] = self._verified(request, outcome)
-
-    def _verified(self, request: SignRequest, outcome: SignOutcome) -> SignOutcome:
-        """An RSA result is verified before release, whatever made it; a key that was forgotten meanwhile releases nothing."""
-        if isinstance(outcome, KeyreeveError):
-            return outcome
-        if request.record.key_id not in self._loaded:
-            return KeyNotFound()
-        public_key = self._loaded[request.record.key_id]
-        if public_key is None:
-            return outcome
-        algorithm = HASHES[request.scheme.facts.hash_name]()
-        try:
-            public_key.verify(outcome, request.message, rsa_padding(request.scheme), algorithm)
-        except InvalidSignature:
-            return Internal("the token gave a signature that does not verify")
-        return outcome
-
-    async def encrypt(self, label: str, nonce: bytes, associated: bytes, data: bytes) -> bytes:
-        return await self._box(frames.Box(decrypt=False, label=label, nonce=nonce, associated=associated, data=data))
-
-    async def decrypt(self, label: str, nonce: bytes, associated: bytes, box: bytes) -> bytes:
-        return await self._box(frames.Box(decrypt=True, label=label, nonce=nonce, associated=associated, data=box))
-
-    async def _box(self, box: frames.Box) -> bytes:
-        answer = await self._pool.ask(box, within=self._timeout)
-        if not isinstance(answer, frames.Boxed):
-            raise Internal("the PKCS#11 worker gave an answer to another question")
-        return answer.data
-
-    async def _done(self, question: frames.Question) -> dict[str, object]:
-        answer = await self._pool.ask(question, within=self._timeout)
-        if not isinstance(answer, frames.Done):
-            raise Internal("the PKCS#11 worker gave an answer to another question")
-        return answer.answer

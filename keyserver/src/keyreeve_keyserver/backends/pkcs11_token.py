@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ from pkcs11 import exceptions as p11
 
 from keyreeve_keyserver.backends import pkcs11_mechanisms as mechanisms
 from keyreeve_keyserver.backends.pkcs11_errors import SESSION_LOST, error_of
-from keyreeve_keyserver.backends.pkcs11_frames import Box, Open, TokenSignItem
+from keyreeve_keyserver.backends.worker_frames import Box, TokenSignItem
 from keyreeve_keyserver.frames import JsonObject
 
 _T = TypeVar("_T")
@@ -40,10 +41,20 @@ _TOKENDIR = re.compile(r"^\s*directories\.tokendir\s*=\s*(\S.*?)\s*$", re.MULTIL
 _PROBE_BYTES = 65_536
 
 
+@dataclass(frozen=True, slots=True)
+class TokenSettings:
+    """What the signer's configuration says of the token; paths as text, `softhsm_conf` empty where it is no SoftHSM."""
+
+    module: str
+    token_label: str
+    pin_file: str
+    softhsm_conf: str
+
+
 class Token:
     """An open session with a logged-in user. Raises: TokenUnavailable, TokenPinIncorrect."""
 
-    def __init__(self, settings: Open) -> None:
+    def __init__(self, settings: TokenSettings) -> None:
         self._settings = settings
         self._keys: dict[str, Any] = {}
         self._pin_refusal: TokenPinIncorrect | None = None

@@ -6,19 +6,14 @@ only argument, and ends when the signer closes it.
 
 from __future__ import annotations
 
-import os
-import resource
-import signal
-import socket
 import sys
 import time
 
 from keyreeve_common.errors import Internal, KeyreeveError, MalformedFrame, TokenUnavailable
 
-from keyreeve_keyserver.backends import pkcs11_frames as frames
-from keyreeve_keyserver.backends.pkcs11_token import Token
-
-EXIT_MALFORMED = 65
+from keyreeve_keyserver.backends import worker_frames as frames
+from keyreeve_keyserver.backends.pkcs11_token import Token, TokenSettings
+from keyreeve_keyserver.backends.worker_main import run_worker
 
 
 class Worker:
@@ -37,7 +32,7 @@ class Worker:
         if isinstance(question, frames.Open):
             if self._token is not None:
                 raise MalformedFrame("the worker is open already")
-            self._token = Token(question)
+            self._token = Token(_settings(question))
             return frames.Done(self._token.describe())
         token = self._token
         if token is None:
@@ -56,6 +51,14 @@ class Worker:
         return frames.Done({})
 
 
+def _settings(question: frames.Open) -> TokenSettings:
+    """Raises: MalformedFrame."""
+    try:
+        return TokenSettings(**question.settings)
+    except TypeError:
+        raise MalformedFrame("the settings are not those of a PKCS#11 worker") from None
+
+
 def _sign(token: Token, item: frames.TokenSignItem, *, received: float) -> bytes | KeyreeveError:
     try:
         return token.sign(item, received=received)
@@ -63,26 +66,8 @@ def _sign(token: Token, item: frames.TokenSignItem, *, received: float) -> bytes
         return error
 
 
-def serve(connection: socket.socket) -> int:
-    """Answers questions until the peer closes. The exit code is EXIT_MALFORMED where a question broke a rule."""
-    worker, splitter = Worker(), frames.splitter()
-    while data := connection.recv(262_144):
-        try:
-            for frame in splitter.feed(data):
-                connection.sendall(worker.answer(frames.parse_question(frame)).to_bytes())
-        except MalformedFrame:
-            return EXIT_MALFORMED
-        except BrokenPipeError:
-            return 0
-    return 0
-
-
 def main() -> int:
-    os.umask(0o077)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
-        return serve(connection)
+    return run_worker(Worker().answer)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The signer's handle on one PKCS#11 worker process: spawn, ask, end. No PKCS#11 is loaded here."""
+"""The signer's handle on one worker process of a backend: spawn, ask, end. What the worker reaches is not loaded here."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from datetime import timedelta
 
 from keyreeve_common.errors import MalformedFrame, TokenUnavailable
 
-from keyreeve_keyserver.backends import pkcs11_frames as frames
+from keyreeve_keyserver.backends import worker_frames as frames
 
-_WORKER = "keyreeve_keyserver.backends.pkcs11_worker"
 _READ_BYTES = 262_144
 _KILL_SECONDS = 2
 
@@ -37,14 +36,14 @@ class WorkerProcess:
         return self._process.pid
 
     @classmethod
-    async def spawn(cls) -> WorkerProcess:
-        """Raises: WorkerGone."""
+    async def spawn(cls, module: str) -> WorkerProcess:
+        """Starts `python -m module FD`, which serves questions on that descriptor. Raises: WorkerGone."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         with theirs:
             try:
                 # Not asyncio's subprocess: a task that is cancelled in the middle of that leaves an orphan.
                 process = subprocess.Popen(  # noqa: ASYNC220 - it returns in a millisecond
-                    [sys.executable, "-m", _WORKER, str(theirs.fileno())],
+                    [sys.executable, "-m", module, str(theirs.fileno())],
                     pass_fds=(theirs.fileno(),),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -52,7 +51,7 @@ class WorkerProcess:
                 )
             except OSError as error:
                 ours.close()
-                raise WorkerGone(f"PKCS#11 worker cannot be started: {error.strerror}") from error
+                raise WorkerGone(f"the worker cannot be started: {error.strerror}") from error
         try:
             reader, writer = await asyncio.open_connection(sock=ours)
         except BaseException:
@@ -70,13 +69,13 @@ class WorkerProcess:
                 while True:
                     data = await self._reader.read(_READ_BYTES)
                     if not data:
-                        raise WorkerGone("the PKCS#11 worker ended in the middle of its work")
+                        raise WorkerGone("the worker ended in the middle of its work")
                     if answers := self._splitter.feed(data):
                         return frames.parse_answer(answers[0])
         except TimeoutError:
-            raise WorkerGone(f"the token did not answer within {within.total_seconds():g}s") from None
+            raise WorkerGone(f"the worker did not answer within {within.total_seconds():g}s") from None
         except (OSError, MalformedFrame) as error:
-            raise WorkerGone(f"the PKCS#11 worker is gone: {type(error).__name__}") from None
+            raise WorkerGone(f"the worker is gone: {type(error).__name__}") from None
 
     def end(self) -> None:
         """Closes the socket and kills the process: it holds no state that a kill could harm."""

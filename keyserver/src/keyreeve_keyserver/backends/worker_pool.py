@@ -1,4 +1,4 @@
-"""A pool of PKCS#11 workers: hands each question to an idle one, brings dead ones back with back-off, and keeps every caller's deadline.
+"""A pool of worker processes: hands each question to an idle one, brings dead ones back with back-off, and keeps every caller's deadline.
 
 A question whose worker died goes to another once more: all questions but `Create` may be put twice. A refused PIN stops the pool for good,
 since a token locks after a few tries.
@@ -15,8 +15,8 @@ from datetime import timedelta
 from keyreeve_common.errors import DeadlineExceeded, KeyreeveError, TokenPinIncorrect, TokenUnavailable
 from keyreeve_common.telemetry import log, log_exception, log_warning
 
-from keyreeve_keyserver.backends import pkcs11_frames as frames
-from keyreeve_keyserver.backends.pkcs11_process import WorkerGone, WorkerProcess
+from keyreeve_keyserver.backends import worker_frames as frames
+from keyreeve_keyserver.backends.worker_process import WorkerGone, WorkerProcess
 from keyreeve_keyserver.frames import JsonObject
 
 MAX_WAITING = 4_096
@@ -33,10 +33,11 @@ class _Job:
 
 
 class WorkerPool:
-    """`state` and `detail` are for health: "" while the pool works. Raises from `start`: TokenPinIncorrect."""
+    """`module` is the program of a worker, `settings` its first question. Raises from `start`: TokenPinIncorrect."""
 
-    def __init__(self, name: str, settings: frames.Open, *, workers: int, call_timeout: timedelta) -> None:
+    def __init__(self, name: str, module: str, settings: frames.Open, *, workers: int, call_timeout: timedelta) -> None:
         self._name = name
+        self._module = module
         self._settings = settings
         self._size = workers
         self._call_timeout = call_timeout
@@ -117,15 +118,15 @@ class WorkerPool:
                 if not isinstance(self._fault, TokenPinIncorrect):
                     self._fault = None
                 await self._work(process)
-                log_warning("pkcs11_worker_lost", backend=self._name, pid=process.pid)
+                log_warning("worker_lost", backend=self._name, pid=process.pid)
                 del self._processes[index]
                 process.end()
                 process = None
         except TokenPinIncorrect as error:
             self._fail(error)
         except Exception:
-            log_exception("pkcs11_slot_failed", backend=self._name)
-            self._fail(TokenUnavailable("the pool of PKCS#11 workers met a fault of ours: see the signer's log"))
+            log_exception("worker_slot_failed", backend=self._name)
+            self._fail(TokenUnavailable("the pool of workers met a fault of ours: see the signer's log"))
         finally:
             self._processes.pop(index, None)
             if process is not None:
@@ -149,18 +150,18 @@ class WorkerPool:
             return None
 
     async def _open(self) -> WorkerProcess:
-        process = await WorkerProcess.spawn()
+        process = await WorkerProcess.spawn(self._module)
         try:
             answer = await process.ask(self._settings, within=self._call_timeout)
             if isinstance(answer, frames.Failed):
                 raise answer.error
             if not isinstance(answer, frames.Done):
-                raise WorkerGone("the PKCS#11 worker gave an answer to another question")
+                raise WorkerGone("the worker gave an answer to another question")
         except BaseException:
             process.end()
             raise
         self.description = answer.answer
-        log("pkcs11_worker_open", backend=self._name, pid=process.pid)
+        log("worker_open", backend=self._name, pid=process.pid)
         return process
 
     async def _work(self, process: WorkerProcess) -> None:
@@ -200,7 +201,7 @@ class WorkerPool:
 
     def _fail(self, error: KeyreeveError) -> None:
         if self._fault is None or self._fault.detail != error.detail:
-            log_warning("pkcs11_backend_down", backend=self._name, error=str(error))
+            log_warning("backend_down", backend=self._name, error=str(error))
         self._fault = error
         self._drop_waiting(error)
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from keyreeve_common.errors import TokenPinIncorrect, TokenUnavailable
 from keyreeve_common.schemes import SignatureScheme
-from keyreeve_keyserver.backends import pkcs11_frames as frames
-from keyreeve_keyserver.backends.pkcs11_pool import WorkerPool
-from keyreeve_keyserver.backends.pkcs11_process import WorkerProcess
+from keyreeve_keyserver.backends import worker_frames as frames
+from keyreeve_keyserver.backends.worker_pool import WorkerPool
+from keyreeve_keyserver.backends.worker_process import WorkerProcess
 
 SECOND = timedelta(seconds=1)
 SIGN = frames.TokenSign((frames.TokenSignItem("k", SignatureScheme.ED25519, 1000, b"m"),))
@@ -40,11 +40,11 @@ class PlayedWorker:
 async def test_pin_refused_at_work_stops_the_pool(monkeypatch: pytest.MonkeyPatch, question: frames.Question) -> None:
     asked: list[frames.Question] = []
 
-    async def spawn() -> Any:
+    async def spawn(_program: str) -> Any:
         return PlayedWorker(asked)
 
     monkeypatch.setattr(WorkerProcess, "spawn", spawn)
-    pool = WorkerPool("hsm", frames.Open("m", "t", "p", ""), workers=2, call_timeout=SECOND)
+    pool = WorkerPool("hsm", "program", frames.Open({}), workers=2, call_timeout=SECOND)
     await pool.start()
     for _ in range(5):
         with suppress(TokenPinIncorrect, TokenUnavailable):

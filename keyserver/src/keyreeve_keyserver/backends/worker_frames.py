@@ -1,4 +1,4 @@
-"""Frames between the signer and one PKCS#11 worker: a question, then its answer, one at a time, over a socketpair. Pure; strict both ways.
+"""Frames between the signer and one backend worker: a question, then its answer, one at a time, over a socketpair. Pure; strict both ways.
 
 `u32 length` (2 to 4,194,304) `u8 version = 1` `u8 type` body, big endian. The worker ends when a question breaks a rule: only the signer
 writes to it.
@@ -23,7 +23,6 @@ _T = TypeVar("_T")
 VERSION = 1
 MAX_FRAME_BYTES = 4_194_304
 MAX_ITEMS = 32
-MAX_PATH_BYTES = 4_095
 MAX_BOX_BYTES = 65_536
 MAX_JSON_BYTES = 65_536
 NONCE_BYTES = 12
@@ -33,16 +32,15 @@ DONE, REFUSED, SIGNED, BOX = 0x81, 0x82, 0x83, 0x84
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Load the module, find the token, log in. Paths, never the PIN itself, cross this socket."""
+    """The first question: reach the token or service and log in. What stands in `settings` is the worker's own matter.
 
-    module: str
-    token_label: str
-    pin_file: str
-    softhsm_conf: str
+    Paths of secrets cross this socket, never secrets.
+    """
+
+    settings: JsonObject
 
     def to_bytes(self) -> bytes:
-        texts = (self.module, self.token_label, self.pin_file, self.softhsm_conf)
-        return _frame(OPEN, b"".join(bytes16(text.encode()) for text in texts))
+        return _frame(OPEN, bytes32(canonical_json(self.settings)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +174,11 @@ def _parse(frame: bytes, table: dict[int, Callable[[Reader], _T]]) -> _T:
 
 
 def _read_open(reader: Reader) -> Open:
-    return Open(*(_text(reader, name) for name in ("module", "token_label", "pin_file", "softhsm_conf")))
+    data = reader.bytes32("settings", high=MAX_JSON_BYTES)
+    settings = parse_json_object(data)
+    if canonical_json(settings) != data:
+        raise MalformedFrame("settings are not canonical JSON")
+    return Open(settings)
 
 
 def _read_create(reader: Reader) -> Create:
@@ -248,13 +250,6 @@ def _ref(reader: Reader) -> str:
         return parse_key_id(text)
     except InvalidRequest:
         raise MalformedFrame("ref is not a key id") from None
-
-
-def _text(reader: Reader, name: str) -> str:
-    try:
-        return reader.bytes16(name, high=MAX_PATH_BYTES).decode()
-    except UnicodeDecodeError:
-        raise MalformedFrame(f"{name} is not UTF-8") from None
 
 
 def _frame(kind: int, body: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Frames of a PKCS#11 worker: they come back, and noise is malformed."""
+"""Frames of a backend worker: they come back, and noise is malformed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from keyreeve_common.errors import ErrorCode, KeyreeveError, MalformedFrame, error_from_code
 from keyreeve_common.schemes import KeyType, SignatureScheme
-from keyreeve_keyserver.backends import pkcs11_frames as frames
+from keyreeve_keyserver.backends import worker_frames as frames
 
 REFS = st.text("abc019-", min_size=1, max_size=64)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=40)
@@ -17,7 +17,7 @@ ITEMS = st.builds(
     frames.TokenSignItem, REFS, st.sampled_from(SignatureScheme), st.integers(0, 0xFFFFFFFF), st.binary(max_size=200)
 )
 QUESTIONS = st.one_of(
-    st.builds(frames.Open, TEXTS, TEXTS, TEXTS, TEXTS),
+    st.builds(frames.Open, st.dictionaries(TEXTS, TEXTS, max_size=4)),
     st.builds(frames.Create, REFS, REFS, st.sampled_from(KeyType)),
     st.builds(frames.Find, REFS),
     st.builds(frames.Destroy, REFS),
