@@ -24,10 +24,11 @@ from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.schemes import KeyType
 from keyreeve_keyserver.catalog.catalog import Catalog
 from keyreeve_keyserver.catalog.records import KeyEntry, NewKey
+from keyreeve_keyserver.catalog.steps import STEPS, new_column
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.domain.policy import Grant
 from keyreeve_testing.postgres import PostgresServer, postgres_is_installed, running_postgres
-from sqlalchemy import URL, create_engine, make_url, text
+from sqlalchemy import URL, Column, Connection, Integer, MetaData, Table, Text, create_engine, make_url, text
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -350,3 +351,35 @@ def test_intent_takes_a_fresh_key_id_until_it_is_completed(catalog: Catalog) -> 
     made = make_key(catalog)
     assert made.key_id == renamed.key_id
     assert catalog.rename_intent(made.key_id) is None
+
+
+def test_missing_step_is_done_once_and_the_catalog_serves_meanwhile(
+    open_catalog: Opener, url: URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later release adds a column while a replica of this one goes on."""
+    before = open_catalog()
+    done: list[str] = []
+
+    def add_note(connection: Connection) -> None:
+        connection.execute(text("ALTER TABLE keyreeve_grants ADD COLUMN test_note TEXT"))
+        done.append("note")
+
+    monkeypatch.setitem(STEPS, "test_note", add_note)
+    after = open_catalog()
+    open_catalog()
+    assert done == ["note"]
+    key = make_key(before)
+    before.put_grant(Grant(key.key_id, HOLDER, SERVER, created_at=NOW))
+    (found,) = after.list_grants(limit=10)
+    assert found.grant.key_id == key.key_id
+
+
+def test_column_is_added_once(url: URL) -> None:
+    later = Table("keyreeve_test", MetaData(), Column("id", Integer), Column("note", Text, nullable=True))
+    engine = create_engine(url.set(drivername="postgresql+psycopg") if url.get_backend_name() != "sqlite" else url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE keyreeve_test (id INTEGER)"))
+        new_column(later, "note")(connection)
+        new_column(later, "note")(connection)
+        connection.execute(text("INSERT INTO keyreeve_test (id, note) VALUES (1, 'n')"))
+    engine.dispose()

@@ -221,11 +221,11 @@ def test_second_record_of_a_loaded_key_is_a_conflict(signer: SignerClient) -> No
     "noise",
     [
         b"\x00\x00\x00\x00",
-        b"\x00\x00\x00\x02\x01\x7f",
+        b"\x00\x00\x00\x02\x02\x7f",
         b"\x00\x00\x00\x02\x02\x10",
         b"\x00\x80\x00\x01",
         b"GET / HTTP/1.1\r\n\r\n",
-        b"\x00\x00\x00\x0a\x01\x20\x00\x00\x00\x01\x00\x00\x00\x00",
+        b"\x00\x00\x00\x0a\x02\x20\x00\x00\x00\x01\x00\x00\x00\x00",
     ],
 )
 def test_malformed_frame_is_answered_and_ends_the_signer_cleanly(signer: SignerClient, noise: bytes) -> None:

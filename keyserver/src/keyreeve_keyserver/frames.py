@@ -16,14 +16,16 @@ from keyreeve_common.errors import MAX_DETAIL_BYTES, InvalidRequest, KeyreeveErr
 from keyreeve_common.identity import MAX_ID_BYTES, SpiffeId
 from keyreeve_common.key_id import MAX_KEY_ID_BYTES, KeyId, parse_key_id
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES
+from keyreeve_common.trace import TRACE_BYTES
 from keyreeve_common.wire import FrameSplitter, Reader, ascii_text, bytes8, bytes16, bytes32, u16, u32
 
-VERSION = 1
+VERSION = 2
 MIN_FRAME_BYTES = 2
 MAX_FRAME_BYTES = 8_388_608
 MAX_ITEMS = 256
 MAX_CONTROL_BYTES = 1_048_576
 MAX_SIGNATURE_BYTES = 1_024
+NO_TRACE: Final = bytes(TRACE_BYTES)  # of requests that have no id of their own
 LOCAL_CALLER: Final = "local"
 SIGN_BATCH, SIGN_RESULTS, CONTROL, CONTROL_OK, CONTROL_REFUSED, MALFORMED = 0x10, 0x90, 0x20, 0xA0, 0xAF, 0x8F
 _OP = re.compile(r"[a-z_]{1,32}", re.ASCII)
@@ -40,6 +42,7 @@ class SignItem:
     purpose: int
     deadline_ms: int
     message: bytes = field(repr=False)
+    trace: bytes = field(default=NO_TRACE, repr=False)
 
     def to_bytes(self) -> bytes:
         return (
@@ -48,6 +51,7 @@ class SignItem:
             + u16(self.scheme)
             + bytes((self.purpose,))
             + u32(self.deadline_ms)
+            + self.trace
             + bytes32(self.message)
         )
 
@@ -228,6 +232,7 @@ def _read_item(reader: Reader) -> SignItem:
         scheme=reader.u16("scheme"),
         purpose=reader.u8("purpose"),
         deadline_ms=reader.u32("deadline_ms"),
+        trace=reader.take(TRACE_BYTES, "trace"),
         message=reader.bytes32("message", high=MAX_MESSAGE_BYTES),
     )
 

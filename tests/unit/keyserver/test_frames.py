@@ -33,6 +33,7 @@ ITEMS = st.builds(
     purpose=st.integers(0, 255),
     deadline_ms=U32,
     message=st.binary(max_size=300),
+    trace=st.binary(min_size=25, max_size=25),
 )
 BATCHES = st.builds(
     frames.SignBatch,
@@ -138,13 +139,13 @@ def item(**changes: Any) -> frames.SignItem:
 
 def test_bounds_of_the_page() -> None:
     good = frames.SignBatch(7, "local", (item(),))
-    assert one_frame(good.to_bytes())[:2] == b"\x01\x10"
+    assert one_frame(good.to_bytes())[:2] == b"\x02\x10"
     assert frames.parse_request_frame(one_frame(good.to_bytes())) == good
     refused = {
-        "version 2": b"\x02" + one_frame(good.to_bytes())[1:],
-        "type 0x90": b"\x01\x90" + one_frame(good.to_bytes())[2:],
-        "allowed are 1 to 256": b"\x01\x10" + bytes(4) + b"\x00\x05local" + b"\x01\x01",
-        "count is 0": b"\x01\x10" + bytes(4) + b"\x00\x05local" + b"\x00\x00",
+        "version 1": b"\x01" + one_frame(good.to_bytes())[1:],
+        "type 0x90": b"\x02\x90" + one_frame(good.to_bytes())[2:],
+        "allowed are 1 to 256": b"\x02\x10" + bytes(4) + b"\x00\x05local" + b"\x01\x01",
+        "count is 0": b"\x02\x10" + bytes(4) + b"\x00\x05local" + b"\x00\x00",
         "caller": one_frame(frames.SignBatch(7, "http://x", (item(),)).to_bytes()),
         "key id": one_frame(frames.SignBatch(7, "local", (item(key_id=KeyId("UPPER")),)).to_bytes()),
         "same id": one_frame(frames.SignBatch(7, "local", (item(), item())).to_bytes()),
@@ -183,7 +184,7 @@ def test_frame_length_is_bounded(length: int) -> None:
 def test_control_json_is_strict(text: str) -> None:
     body = text.encode()
     with pytest.raises(MalformedFrame):
-        frames.parse_request_frame(b"\x01\x20" + bytes(4) + len(body).to_bytes(4, "big") + body)
+        frames.parse_request_frame(b"\x02\x20" + bytes(4) + len(body).to_bytes(4, "big") + body)
 
 
 def test_what_does_not_fit_is_not_sent() -> None:

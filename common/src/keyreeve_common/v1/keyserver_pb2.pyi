@@ -66,12 +66,15 @@ class SignRequest(_message.Message):
     SCHEME_FIELD_NUMBER: _builtins.int
     PURPOSE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     key_id: _builtins.str
     scheme: _builtins.int
     """IANA TLS SignatureScheme"""
     purpose: _types_pb2.Purpose.ValueType
     message: _builtins.bytes
     """at most 65,536 bytes"""
+    trace: _builtins.bytes
+    """as in SignItem"""
     def __init__(
         self,
         *,
@@ -79,10 +82,11 @@ class SignRequest(_message.Message):
         scheme: _builtins.int = ...,
         purpose: _types_pb2.Purpose.ValueType = ...,
         message: _builtins.bytes = ...,
+        trace: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "message", b"message", "purpose", b"purpose", "scheme", b"scheme"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "message", b"message", "purpose", b"purpose", "scheme", b"scheme", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -117,6 +121,7 @@ class SignItem(_message.Message):
     PURPOSE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """unique among the outstanding items of this stream"""
     key_id: _builtins.str
@@ -125,6 +130,8 @@ class SignItem(_message.Message):
     message: _builtins.bytes
     deadline_ms: _builtins.int
     """from arrival; 0: the server's own bound"""
+    trace: _builtins.bytes
+    """request id (trace id, 16 bytes), parent span id (8), flags (1); empty: the server chooses a request id"""
     def __init__(
         self,
         *,
@@ -134,10 +141,11 @@ class SignItem(_message.Message):
         purpose: _types_pb2.Purpose.ValueType = ...,
         message: _builtins.bytes = ...,
         deadline_ms: _builtins.int = ...,
+        trace: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "id", b"id", "key_id", b"key_id", "message", b"message", "purpose", b"purpose", "scheme", b"scheme"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "id", b"id", "key_id", b"key_id", "message", b"message", "purpose", b"purpose", "scheme", b"scheme", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

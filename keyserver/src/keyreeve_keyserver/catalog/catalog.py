@@ -17,6 +17,7 @@ from typing import Any
 
 from keyreeve_common.errors import ConfigInvalid, Conflict, KeyNotFound
 from keyreeve_common.key_id import KeyId
+from keyreeve_common.telemetry import log
 from sqlalchemy import URL, Connection, Engine, Table, delete, insert, inspect, select, text, update
 
 from keyreeve_keyserver.catalog.database import WRITE, open_engine, storage_errors
@@ -31,7 +32,8 @@ from keyreeve_keyserver.catalog.records import (
     purposes_to_text,
     time_to_number,
 )
-from keyreeve_keyserver.catalog.schema import CREATING, SCHEMA_VERSION, changes, grants, keys, metadata, schema_version
+from keyreeve_keyserver.catalog.schema import CREATING, SCHEMA_VERSION, changes, grants, keys, schema_version
+from keyreeve_keyserver.catalog.steps import apply_steps, create_tables
 from keyreeve_keyserver.domain.keys import KeyState, canonical_json
 
 _SCHEMA_LOCK = 0x6B657972  # PostgreSQL advisory lock, so that two replicas do not make the tables at once
@@ -64,9 +66,11 @@ class Catalog(GrantRows):
             if self._engine.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _SCHEMA_LOCK})
             if not inspect(connection).has_table(schema_version.name):
-                metadata.create_all(connection)
+                create_tables(connection)
                 connection.execute(insert(schema_version).values(version=SCHEMA_VERSION))
                 connection.execute(insert(changes).values(id=1, counter=0))
+            for step in apply_steps(connection):
+                log("catalog_step_done", step=step)
             found = connection.execute(select(schema_version.c.version)).scalar_one()
         if found != SCHEMA_VERSION:
             raise ConfigInvalid(

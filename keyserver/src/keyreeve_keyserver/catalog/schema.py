@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, String, Table, Text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = (
+    1  # changes only when programs of the version before cannot go on; what is added beside it is a step (steps.py)
+)
 CREATING = "creating"  # the signer was asked for the key, its answer is not recorded yet
 
 metadata = MetaData()
 
 schema_version = Table("keyreeve_schema_version", metadata, Column("version", Integer, primary_key=True))
+
+schema_steps = Table("keyreeve_schema_steps", metadata, Column("name", String(64), primary_key=True))
 
 changes = Table(
     "keyreeve_changes",

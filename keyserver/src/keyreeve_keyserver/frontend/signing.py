@@ -24,6 +24,7 @@ from keyreeve_common.grpc_edge import Peer, current_peer, error_to_proto
 from keyreeve_common.key_id import parse_key_id
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES, Purpose
 from keyreeve_common.telemetry import log, log_exception, log_warning
+from keyreeve_common.trace import checked_trace
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 
 from keyreeve_keyserver.config import Limits
@@ -102,7 +103,8 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         self.access.authorize(caller, key_id, request.purpose, now)
         if request.scheme > _MAX_SCHEME:
             raise SchemeNotSupported("signature scheme is not a code point of the TLS SignatureScheme registry")
-        return SignItem(number, key_id, request.scheme, request.purpose, deadline_ms, message)
+        trace = checked_trace(request.trace)
+        return SignItem(number, key_id, request.scheme, request.purpose, deadline_ms, message, trace)
 
     def bound_ms(self, asked_ms: int) -> int:
         return asked_ms if 0 < asked_ms < self._bound_ms else self._bound_ms

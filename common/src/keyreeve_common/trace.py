@@ -1,0 +1,35 @@
+"""The context that a signature request carries from agent to token: its request id, and the span that it belongs to.
+
+25 bytes: trace id (16), parent span id (8), flags (1; bit 0: sampled). The trace id is the request id, whether or not anybody traces: it stands
+in log lines, audit records and error reports, so that one request can be followed through all processes.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Final
+
+from keyreeve_common.errors import InvalidRequest
+
+TRACE_BYTES: Final = 25
+_ID_BYTES = 16
+_NO_ID = bytes(_ID_BYTES)
+
+
+def make_trace() -> bytes:
+    """The context of a new request that nobody traces."""
+    return secrets.token_bytes(_ID_BYTES) + bytes(TRACE_BYTES - _ID_BYTES)
+
+
+def checked_trace(given: bytes) -> bytes:
+    """`given`, or a new context where none was given. Raises: InvalidRequest."""
+    if not given:
+        return make_trace()
+    if len(given) != TRACE_BYTES or given[:_ID_BYTES] == _NO_ID:
+        raise InvalidRequest(f"trace: {TRACE_BYTES} bytes with a trace id that is not zero are expected")
+    return given
+
+
+def request_id_of(trace: bytes) -> str:
+    """32 hexadecimal digits."""
+    return trace[:_ID_BYTES].hex()

@@ -1,0 +1,55 @@
+"""Steps that bring a catalog of an earlier release to this one's tables, each done once and by its name.
+
+A step only adds: a table, a column that is nullable or has a server default, an index. So a replica of the release before goes on while this one
+serves, and a rolling upgrade needs no stop. A new catalog is made whole by `metadata.create_all` and has every step marked as done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sqlalchemy import Column, Connection, Table, insert, inspect, select, text
+from sqlalchemy.schema import CreateColumn
+
+from keyreeve_keyserver.catalog.schema import metadata, schema_steps
+
+Step = Callable[[Connection], None]
+
+
+def new_table(table: Table) -> Step:
+    """The step that makes this table and its indexes."""
+    return lambda connection: table.create(connection, checkfirst=True)
+
+
+def new_column(table: Table, name: str) -> Step:
+    """The step that adds this column, as schema.py declares it, unless it is there."""
+
+    def add(connection: Connection) -> None:
+        if any(column["name"] == name for column in inspect(connection).get_columns(table.name)):
+            return
+        column: Column[object] = table.c[name]
+        declared = CreateColumn(column).compile(dialect=connection.dialect)
+        connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {declared}"))
+
+    return add
+
+
+STEPS: dict[str, Step] = {}  # in the order in which they are done; a name is never used again
+
+
+def create_tables(connection: Connection) -> None:
+    """All tables of this release, in a database that has none of ours."""
+    metadata.create_all(connection)
+    if STEPS:
+        connection.execute(insert(schema_steps), [{"name": name} for name in STEPS])
+
+
+def apply_steps(connection: Connection) -> list[str]:
+    """Does what is missing; the names of the steps done. The caller holds the lock that keeps other replicas out."""
+    schema_steps.create(connection, checkfirst=True)
+    done = set(connection.execute(select(schema_steps.c.name)).scalars())
+    missing = [name for name in STEPS if name not in done]
+    for name in missing:
+        STEPS[name](connection)
+        connection.execute(insert(schema_steps).values(name=name))
+    return missing
