@@ -29,9 +29,9 @@ from keyreeve_common.errors import (
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.schemes import HASHES, KeyType, SignatureScheme, schemes_of
+from keyreeve_common.verification import rsa_padding
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend, BackendState, CreatedKey, SignRequest
-from keyreeve_keyserver.backends.rsa_padding import rsa_padding
 from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_testing.softhsm import SoftHsmToken, make_softhsm_token, softhsm_is_installed

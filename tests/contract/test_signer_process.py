@@ -29,8 +29,8 @@ from keyreeve_common.errors import (
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import Purpose, build_tls13_content
 from keyreeve_common.schemes import DEFAULT_SCHEMES, HASHES, KeyType, SignatureScheme
+from keyreeve_common.verification import rsa_padding
 from keyreeve_keyserver import frames
-from keyreeve_keyserver.backends.rsa_padding import rsa_padding
 from keyreeve_testing.signer import SignerClient, connect_signer, running_signer, signer_command, write_signer_config
 from keyreeve_testing.softhsm import SoftHsmToken, make_softhsm_token, softhsm_is_installed
 

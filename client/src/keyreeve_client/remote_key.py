@@ -18,8 +18,7 @@ from cryptography.utils import Buffer
 from keyreeve_common.errors import KeyTypeNotSupported, SchemeNotSupported
 from keyreeve_common.purposes import Purpose
 from keyreeve_common.schemes import HASHES, REGISTRY, KeyFamily, KeyType, Padding, SignatureScheme, key_type_of
-
-from keyreeve_client.sign_client import verify_signature
+from keyreeve_common.verification import verify_signature
 
 SignFunction: TypeAlias = Callable[[str, SignatureScheme, Purpose, bytes], bytes]
 """(key id, scheme, purpose, whole message) to signature; raises KeyreeveError."""

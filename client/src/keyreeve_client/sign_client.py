@@ -19,22 +19,19 @@ from typing import Any, cast
 
 import grpc
 import grpc.aio
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from keyreeve_common.errors import (
     DeadlineExceeded,
-    Internal,
     KeyreeveError,
     MessageTooLarge,
     RateLimited,
-    SchemeNotSupported,
     Unavailable,
 )
 from keyreeve_common.grpc_edge import error_from_proto, error_from_rpc, error_from_trailers
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES, Purpose
-from keyreeve_common.schemes import HASHES, KeyFamily, Padding, SignatureScheme, key_type_of
+from keyreeve_common.schemes import SignatureScheme
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
+from keyreeve_common.verification import verify_signature
 
 DEFAULT_DEADLINE = timedelta(seconds=5)
 MAX_BATCH_ITEMS = 64
@@ -42,34 +39,6 @@ MAX_BATCH_BYTES = 1_048_576  # well under gRPC's bound of 4 MiB a message
 MAX_BATCHES_IN_FLIGHT = 2
 MAX_WAITING = 8_192
 _EDGE_MARGIN = timedelta(milliseconds=50)  # lets the server's own deadline answer win over ours
-
-
-def verify_signature(public_key: PublicKeyTypes, scheme: SignatureScheme, message: bytes, *, signature: bytes) -> None:
-    """Raises: SchemeNotSupported when the scheme does not fit the key; Internal when the signature is wrong."""
-    facts = scheme.facts
-    if key_type_of(public_key).family is not facts.family:
-        raise SchemeNotSupported(f"scheme {scheme.iana_name} does not fit the public key")
-    try:
-        if isinstance(public_key, ed25519.Ed25519PublicKey):
-            public_key.verify(signature, message)
-        elif isinstance(public_key, ec.EllipticCurvePublicKey):
-            public_key.verify(signature, message, ec.ECDSA(HASHES[facts.hash_name]()))
-        else:
-            cast("rsa.RSAPublicKey", public_key).verify(
-                signature, message, rsa_padding(scheme), HASHES[facts.hash_name]()
-            )
-    except InvalidSignature as error:
-        raise Internal("key cluster returned a signature that does not verify") from error
-
-
-def rsa_padding(scheme: SignatureScheme) -> padding.PKCS1v15 | padding.PSS:
-    """The padding of an RSA scheme; PSS salts have the length of the digest. Spec: RFC 8446 4.2.3."""
-    facts = scheme.facts
-    assert facts.family is KeyFamily.RSA  # noqa: S101 - callers looked at the key
-    if facts.padding is Padding.PKCS1_V15:
-        return padding.PKCS1v15()
-    hash_type = HASHES[facts.hash_name]
-    return padding.PSS(mgf=padding.MGF1(hash_type()), salt_length=hash_type.digest_size)
 
 
 def _check_message(message: bytes) -> None:

@@ -12,10 +12,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from keyreeve_client.remote_key import RemoteSigner, certificate_hash, make_remote_key
-from keyreeve_client.sign_client import rsa_padding
 from keyreeve_common.errors import Internal, KeyTypeNotSupported, SchemeNotSupported
 from keyreeve_common.purposes import Purpose
 from keyreeve_common.schemes import HASHES, KeyFamily, SignatureScheme, key_type_of
+from keyreeve_common.verification import rsa_padding
 
 LOCAL_KEYS: dict[str, Any] = {
     "ec-p256": ec.generate_private_key(ec.SECP256R1()),

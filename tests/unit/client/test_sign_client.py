@@ -11,13 +11,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from keyreeve_client.channel import open_local_channel, open_sync_local_channel
-from keyreeve_client.sign_client import (
-    MAX_BATCH_ITEMS,
-    MAX_BATCHES_IN_FLIGHT,
-    SignClient,
-    SignStreamClient,
-    verify_signature,
-)
+from keyreeve_client.sign_client import MAX_BATCH_ITEMS, MAX_BATCHES_IN_FLIGHT, SignClient, SignStreamClient
 from keyreeve_common.errors import (
     DeadlineExceeded,
     Internal,
@@ -30,6 +24,7 @@ from keyreeve_common.errors import (
 )
 from keyreeve_common.purposes import Purpose
 from keyreeve_common.schemes import SignatureScheme
+from keyreeve_common.verification import verify_signature
 
 SCHEME = SignatureScheme.ECDSA_SECP256R1_SHA256
 PURPOSE = Purpose.TLS13_SERVER_VERIFY

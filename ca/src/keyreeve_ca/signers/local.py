@@ -17,13 +17,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keyreeve_client.key_admin import ClusterKey, Grant, KeyServerHealth, KeySpec, KeyState
 from keyreeve_client.remote_key import RemoteKey, RemoteSigner, make_remote_key
-from keyreeve_client.sign_client import rsa_padding
 from keyreeve_common.bundle import Bundle
 from keyreeve_common.errors import Conflict, FailedPrecondition, InvalidRequest, KeyDisabled, KeyNotFound, NotFound
 from keyreeve_common.identity import SpiffeId
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import Purpose
 from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, SignatureScheme
+from keyreeve_common.verification import rsa_padding
 
 
 def generate_key(key_type: KeyType) -> Any:

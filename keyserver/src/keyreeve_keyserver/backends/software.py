@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 from keyreeve_common.errors import DeadlineExceeded, Internal, KeyNotFound, KeyreeveError, SealedRecordInvalid
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, SignatureScheme, check_scheme_fits
+from keyreeve_common.verification import rsa_padding
 
 from keyreeve_keyserver.backends.ports import (
     BackendHealth,
@@ -35,7 +36,6 @@ from keyreeve_keyserver.backends.ports import (
     SignOutcome,
     SignRequest,
 )
-from keyreeve_keyserver.backends.rsa_padding import rsa_padding
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
 

@@ -25,6 +25,7 @@ from keyreeve_common.errors import (
 )
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, SignatureScheme
+from keyreeve_common.verification import rsa_padding
 
 from keyreeve_keyserver.backends import worker_frames as frames
 from keyreeve_keyserver.backends.ports import (
@@ -35,7 +36,6 @@ from keyreeve_keyserver.backends.ports import (
     SignOutcome,
     SignRequest,
 )
-from keyreeve_keyserver.backends.rsa_padding import rsa_padding
 from keyreeve_keyserver.backends.worker_pool import WorkerPool
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
