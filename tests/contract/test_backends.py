@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from keyreeve_common.errors import (
     TokenUnavailable,
 )
 from keyreeve_common.key_id import KeyId
+from keyreeve_common.pkcs11_uri import Pkcs11Uri
 from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.schemes import HASHES, KeyType, SignatureScheme, schemes_of
 from keyreeve_common.verification import rsa_padding
@@ -47,11 +49,9 @@ def token(tmp_path: Path) -> SoftHsmToken:
     return make_softhsm_token(tmp_path / "softhsm")
 
 
-def settings_of(token: SoftHsmToken, **changes: Any) -> Pkcs11Settings:
+def settings_of(token: SoftHsmToken, /, **changes: Any) -> Pkcs11Settings:
     fields: dict[str, Any] = {
-        "module": token.module,
-        "token_label": token.label,
-        "pin_file": token.pin_file,
+        "token": Pkcs11Uri(token=token.label, module_path=token.module, pin_source=token.pin_file),
         "softhsm_conf": token.conf,
         "workers": 2,
     }
@@ -374,17 +374,41 @@ async def test_faults_are_named_and_say_what_to_do(token: SoftHsmToken, tmp_path
     missing = tmp_path / "missing"
     not_a_module = tmp_path / "module.so"
     not_a_module.write_bytes(b"not an ELF file")
+    named = settings_of(token).token
     cases: dict[str, Pkcs11Settings] = {
-        "does not exist: install it": settings_of(token, module=missing),
-        "does not load or start": settings_of(token, module=not_a_module),
-        "no token has the label 'nobody'": settings_of(token, token_label="nobody"),
+        "does not exist: install it": settings_of(token, token=replace(named, module_path=missing)),
+        "does not load or start": settings_of(token, token=replace(named, module_path=not_a_module)),
+        "no token matches pkcs11:token=nobody (there are: 'keyreeve-test'": settings_of(
+            token, token=replace(named, token="nobody")
+        ),
         "cannot be read or names no directories.tokendir": settings_of(token, softhsm_conf=missing),
-        "cannot be read: give the worker's user access": settings_of(token, pin_file=missing),
+        "cannot be read: give the worker's user access": settings_of(token, token=replace(named, pin_source=missing)),
     }
     for text, settings in cases.items():
         assert text in await started_down(Pkcs11Backend("hsm", settings))
     token.directory.rename(tmp_path / "moved")
     assert "token directory" in await started_down(Pkcs11Backend("hsm", settings_of(token)))
+
+
+@softhsm
+@needs_softhsm
+async def test_uri_chooses_among_the_tokens_of_a_module(tmp_path: Path) -> None:
+    """Two tokens of one label: the serial tells them apart, and each backend has its own keys."""
+    token = make_softhsm_token(tmp_path / "softhsm")
+    twin = make_softhsm_token(tmp_path / "softhsm", pin_name="pin-of-twin")
+    one, two = (settings_of(made, token=replace(settings_of(made).token, serial=made.serial)) for made in (token, twin))
+    assert one.token.serial != two.token.serial
+    detail = await started_down(Pkcs11Backend("hsm", settings_of(token)))
+    assert "several tokens match pkcs11:token=keyreeve-test" in detail
+    backends = [Pkcs11Backend("one", one), Pkcs11Backend("two", two)]
+    for backend in backends:
+        await backend.start()
+    records = [await loaded_key(backend, KeyType.EC_P256) for backend in backends]
+    for backend, record, foreign in zip(backends, records, reversed(records), strict=True):
+        verify(record, SignatureScheme.ECDSA_SECP256R1_SHA256, (await backend.sign([request_for(record)]))[0])
+        with pytest.raises(KeyNotFound):
+            await backend.load(foreign, None)
+        await backend.close()
 
 
 @softhsm
@@ -468,7 +492,7 @@ except Exception as error:
 @softhsm
 @needs_softhsm
 def test_lost_session_is_opened_again_and_the_key_found_again(token: SoftHsmToken) -> None:
-    arguments = [str(token.module), token.label, str(token.pin_file), str(token.conf)]
+    arguments = [str(token.module), f"pkcs11:token={token.label}", str(token.pin_file), str(token.conf)]
     ended = subprocess.run(
         [sys.executable, "-c", _LOSE_SESSION, *arguments], capture_output=True, text=True, check=False
     )
@@ -491,7 +515,7 @@ class Counted:
         return self.token.open(**arguments)
 
 worker = Worker()
-worker.answer(Open(dict(zip(("module", "token_label", "pin_file", "softhsm_conf"), sys.argv[1:]))))
+worker.answer(Open(dict(zip(("module", "token", "pin_file", "softhsm_conf"), sys.argv[1:]))))
 token = worker._token
 token.create("k", "label", KeyType.EC_P256)
 Path(sys.argv[3]).write_text("00000000")
@@ -507,7 +531,7 @@ print(sorted({outcome.code.value for outcome in answer.outcomes}), counted.tries
 @softhsm
 @needs_softhsm
 def test_wrong_pin_is_tried_once_when_the_session_is_lost(token: SoftHsmToken) -> None:
-    arguments = [str(token.module), token.label, str(token.pin_file), str(token.conf)]
+    arguments = [str(token.module), f"pkcs11:token={token.label}", str(token.pin_file), str(token.conf)]
     ended = subprocess.run(
         [sys.executable, "-c", _LOSE_SESSION_AND_PIN, *arguments], capture_output=True, text=True, check=False
     )

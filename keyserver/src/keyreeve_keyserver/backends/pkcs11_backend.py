@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from keyreeve_common.pkcs11_uri import Pkcs11Uri
+
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
 from keyreeve_keyserver.domain.keys import Custody
 
@@ -14,11 +16,9 @@ PROGRAM = "keyreeve_keyserver.backends.pkcs11_worker"
 
 @dataclass(frozen=True, slots=True)
 class Pkcs11Settings:
-    """`softhsm_conf` is for SoftHSM only: the worker puts it into its own environment."""
+    """`token` names the token, its module and the file of its PIN. `softhsm_conf`, for SoftHSM only, goes into the environment of the worker."""
 
-    module: Path
-    token_label: str
-    pin_file: Path
+    token: Pkcs11Uri
     workers: int = 2
     call_timeout: timedelta = timedelta(seconds=30)
     softhsm_conf: Path | None = None
@@ -30,9 +30,9 @@ class Pkcs11Backend(WorkerBackend):
             name,
             PROGRAM,
             settings={
-                "module": str(settings.module),
-                "token_label": settings.token_label,
-                "pin_file": str(settings.pin_file),
+                "module": str(settings.token.module_path or ""),
+                "token": str(settings.token.selector),
+                "pin_file": str(settings.token.pin_source or ""),
                 "softhsm_conf": str(settings.softhsm_conf or ""),
             },
             custody=Custody.TOKEN_RESIDENT,

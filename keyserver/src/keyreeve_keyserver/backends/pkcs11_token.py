@@ -27,12 +27,14 @@ from keyreeve_common.errors import (
     TokenPinIncorrect,
     TokenUnavailable,
 )
+from keyreeve_common.pkcs11_uri import parse_pkcs11_uri
 from keyreeve_common.schemes import KeyType
 from pkcs11 import Attribute, ObjectClass
 from pkcs11 import exceptions as p11
 
 from keyreeve_keyserver.backends import pkcs11_mechanisms as mechanisms
 from keyreeve_keyserver.backends.pkcs11_errors import SESSION_LOST, error_of
+from keyreeve_keyserver.backends.pkcs11_slots import find_token
 from keyreeve_keyserver.backends.worker_frames import Box, TokenSignItem
 from keyreeve_keyserver.frames import JsonObject
 
@@ -43,10 +45,13 @@ _PROBE_BYTES = 65_536
 
 @dataclass(frozen=True, slots=True)
 class TokenSettings:
-    """What the signer's configuration says of the token; paths as text, `softhsm_conf` empty where it is no SoftHSM."""
+    """What the signer's configuration says of the token; paths as text, `softhsm_conf` empty where it is no SoftHSM.
+
+    `token` is a PKCS#11 URI that says which token of the module is meant.
+    """
 
     module: str
-    token_label: str
+    token: str
     pin_file: str
     softhsm_conf: str
 
@@ -59,6 +64,7 @@ class Token:
         self._keys: dict[str, Any] = {}
         self._pin_refusal: TokenPinIncorrect | None = None
         self._token = self._find_token()
+        self._label = str(self._token.label)
         self._session = self._log_in()
         self._mechanisms = set(self._guarded("reading the token's mechanisms", self._token.slot.get_mechanisms))
 
@@ -176,7 +182,7 @@ class Token:
     def _attributes(self, private_key: Any) -> dict[str, str | bool]:
         """What the token itself says, read back from the object."""
         return {
-            "token": self._settings.token_label,
+            "token": self._label,
             "object_label": str(private_key[Attribute.LABEL]),
             "extractable": bool(private_key[Attribute.EXTRACTABLE]),
             "sensitive": bool(private_key[Attribute.SENSITIVE]),
@@ -227,15 +233,7 @@ class Token:
             raise TokenUnavailable(f"module {settings.module} does not exist: install it, or correct `module`")
         try:
             library = pkcs11.lib(settings.module)
-            return library.get_token(token_label=settings.token_label)
-        except p11.NoSuchToken:
-            raise TokenUnavailable(
-                f"no token has the label {settings.token_label!r}: initialise it, or correct `token_label`"
-            ) from None
-        except p11.MultipleTokensReturned:
-            raise TokenUnavailable(
-                f"several tokens have the label {settings.token_label!r}: labels must differ"
-            ) from None
+            return find_token(library, parse_pkcs11_uri(settings.token))
         except p11.PKCS11Error as error:
             kind = type(error).__name__
             raise TokenUnavailable(
@@ -278,7 +276,7 @@ class Token:
         try:
             return self._token.open(rw=True, user_pin=pin)
         except p11.PKCS11Error as error:
-            refusal = error_of(error, f"logging in to token {self._settings.token_label!r}")
+            refusal = error_of(error, f"logging in to token {self._label!r}")
             if isinstance(refusal, TokenPinIncorrect):
                 self._pin_refusal = refusal
             raise refusal from None

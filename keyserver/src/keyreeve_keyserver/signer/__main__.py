@@ -78,8 +78,8 @@ def _check(config: SignerConfig, *, listens: bool) -> None:
     if config.sealing.passphrase_file is not None:
         check_passphrase(read_secret(config.sealing.passphrase_file))
     for backend in config.backend:
-        if backend.pin_file is not None and backend.pin_file.exists():
-            check_secret_file(backend.pin_file)  # only the workers read the PIN
+        if backend.kind is BackendKind.PKCS11 and (pin_file := Path(backend.token().pin_source or "")).exists():
+            check_secret_file(pin_file)  # only the workers read the PIN
 
 
 async def _run(config: SignerConfig, arguments: argparse.Namespace) -> None:
@@ -130,13 +130,10 @@ async def _until_signal(serving: Coroutine[None, None, None]) -> None:
 def _backend(config: BackendConfig) -> Backend:
     if config.kind is BackendKind.SOFTWARE:
         return SoftwareBackend(config.name, threads=config.workers)
-    assert config.module and config.token_label and config.pin_file  # noqa: S101, PT018 - BackendConfig holds them
     return Pkcs11Backend(
         config.name,
         Pkcs11Settings(
-            module=config.module,
-            token_label=config.token_label,
-            pin_file=config.pin_file,
+            token=config.token(),
             workers=config.workers or 2,
             call_timeout=config.call_timeout,
             softhsm_conf=config.softhsm_conf,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from keyreeve_common.errors import ConfigInvalid, InvalidRequest
 from keyreeve_common.key_id import parse_key_id
+from keyreeve_common.pkcs11_uri import Pkcs11Uri, parse_pkcs11_uri
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES
 
 MAX_WORKERS = 64
@@ -54,10 +55,14 @@ class SealingConfig:
 
 @dataclass(frozen=True, slots=True)
 class BackendConfig:
-    """`workers` are threads of a software backend (0: one per processor) and processes of a PKCS#11 backend (0: two)."""
+    """`workers` are threads of a software backend (0: one per processor) and processes of a PKCS#11 backend (0: two).
+
+    A token is named by `uri`, or by `token_label`; the module and the PIN's file stand in the URI or in keys of their own.
+    """
 
     name: str
     kind: BackendKind
+    uri: str | None = None
     module: Path | None = None
     token_label: str | None = None
     pin_file: Path | None = None
@@ -69,12 +74,35 @@ class BackendConfig:
         _check_name(self.name, "name")
         _require(0 <= self.workers <= MAX_WORKERS, f"workers is not 0 to {MAX_WORKERS}")
         _require(self.call_timeout >= timedelta(milliseconds=100), "call_timeout is below 100ms")
-        needed = {"module": self.module, "token_label": self.token_label, "pin_file": self.pin_file}
-        for key, value in needed.items():
-            if self.kind is BackendKind.PKCS11:
-                _require(value is not None, f"backend {self.name}: {key} is missing")
-            else:
-                _require(value is None, f"backend {self.name}: {key} is for kind pkcs11 only")
+        if self.kind is BackendKind.PKCS11:
+            self.token()
+            return
+        for key in ("uri", "module", "token_label", "pin_file", "softhsm_conf"):
+            _require(getattr(self, key) is None, f"backend {self.name}: {key} is for kind pkcs11 only")
+
+    def token(self) -> Pkcs11Uri:
+        """The token of a PKCS#11 backend, with its module and the file of its PIN. Raises: ConfigInvalid."""
+        uri = Pkcs11Uri(token=self.token_label) if self.uri is None else self._parsed(self.uri)
+        _require(uri.selector != Pkcs11Uri(), f"backend {self.name}: uri or token_label is missing, or names no token")
+        _require(
+            self.uri is None or self.token_label is None, f"backend {self.name}: give uri or token_label, not both"
+        )
+        module = self._once("module", "module-path", self.module, uri.module_path)
+        pin_file = self._once("pin_file", "pin-source", self.pin_file, uri.pin_source)
+        return replace(uri, module_path=module, pin_source=pin_file)
+
+    def _parsed(self, uri: str) -> Pkcs11Uri:
+        try:
+            return parse_pkcs11_uri(uri)
+        except ConfigInvalid as error:
+            raise ConfigInvalid(f"backend {self.name}: uri: {error.detail}") from None
+
+    def _once(self, key: str, attribute: str, path: Path | None, of_uri: PurePosixPath | None) -> PurePosixPath:
+        _require(path is None or of_uri is None, f"backend {self.name}: give {key} or the URI's {attribute}, not both")
+        found = PurePosixPath(path) if path is not None else of_uri
+        if found is None:
+            raise ConfigInvalid(f"backend {self.name}: {key} is missing (or {attribute} in its uri)")
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,16 @@ def test_every_key_is_documented() -> None:
 
 SEALING = '[sealing]\npassphrase_file = "p"\n'
 SOFTWARE = '[[backend]]\nname = "software"\nkind = "software"\n'
+HSM = '[[backend]]\nname = "hsm"\nkind = "pkcs11"\n'
+
+
+def test_uri_says_what_the_separate_keys_say(tmp_path: Path) -> None:
+    whole = load(tmp_path, SEALING + HSM + 'uri = "pkcs11:token=t;serial=1?module-path=/m.so&pin-source=/p"\n')
+    parts = load(tmp_path, SEALING + HSM + 'uri = "pkcs11:token=t;serial=1"\nmodule = "/m.so"\npin_file = "/p"\n')
+    assert whole.backend[0].token() == parts.backend[0].token()
+    assert str(whole.backend[0].token()) == "pkcs11:token=t;serial=1?module-path=/m.so&pin-source=/p"
+    label = load(tmp_path, SEALING + HSM + 'token_label = "t"\nmodule = "m.so"\npin_file = "/p"\n').backend[0].token()
+    assert (label.token, label.module_path) == ("t", tmp_path / "m.so")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +70,17 @@ SOFTWARE = '[[backend]]\nname = "software"\nkind = "software"\n'
         (SEALING + 'token_backend = "hsm"\n' + SOFTWARE, "give passphrase_file"),
         ('[sealing]\ntoken_backend = "hsm"\n' + SOFTWARE, "go together"),
         ('[sealing]\ntoken_backend = "software"\ntoken_key_label = "k"\n' + SOFTWARE, "no backend of kind pkcs11"),
-        (SEALING + SOFTWARE.replace('kind = "software"', 'kind = "pkcs11"'), "module is missing"),
+        (SEALING + HSM, "uri or token_label is missing"),
+        (SEALING + HSM + 'token_label = "t"\n', "module is missing"),
+        (SEALING + HSM + 'token_label = "t"\nmodule = "/m"\n', "pin_file is missing"),
+        (SEALING + HSM + 'uri = "pkcs11:?module-path=/m&pin-source=/p"\n', "names no token"),
+        (SEALING + HSM + 'uri = "pkcs11:token=t"\ntoken_label = "t"\n', "uri or token_label, not both"),
+        (
+            SEALING + HSM + 'uri = "pkcs11:token=t?pin-source=/p"\nmodule = "/m"\npin_file = "/p"\n',
+            "pin-source, not both",
+        ),
+        (SEALING + HSM + 'uri = "pkcs11:token=t?pin-value=1234"\n', "backend hsm: uri: .*pin-value is refused"),
+        (SEALING + SOFTWARE + 'uri = "pkcs11:token=t"\n', "uri is for kind pkcs11 only"),
         (SEALING + SOFTWARE + 'pin_file = "p"\n', "pin_file is for kind pkcs11 only"),
         (SEALING + SOFTWARE + "workers = 65\n", "workers is not 0 to 64"),
         (SEALING + SOFTWARE + "pin = 1\n", "pin: unknown key"),

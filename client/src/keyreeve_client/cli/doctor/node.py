@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from keyreeve_common.errors import ConfigInvalid
+from keyreeve_common.pkcs11_uri import parse_pkcs11_uri
+
 from keyreeve_client.cli.doctor.findings import Finding, failed, ok, run, skipped, warning
 from keyreeve_client.cli.doctor.installation import ConfigFile, Installation
 
@@ -30,7 +33,13 @@ def check_tokens(installation: Installation) -> Iterator[Finding]:
 
 def _token(backend: ConfigFile) -> Iterator[Finding]:
     check = f"token of backend {backend.text('name')}"
-    module, conf = backend.file("module"), backend.file("softhsm_conf")
+    try:
+        uri = parse_pkcs11_uri(backend.text("uri") or "pkcs11:")
+    except ConfigInvalid as error:
+        yield failed(check, error.detail, "correct `uri` of this backend: docs/hsm.md has examples")
+        return
+    conf = backend.file("softhsm_conf")
+    module = Path(uri.module_path) if uri.module_path else backend.file("module")
     if module is None or not module.is_file():
         yield failed(
             check,
@@ -55,11 +64,12 @@ def _token(backend: ConfigFile) -> Iterator[Finding]:
             "restore it from its backup, or make a token",
         )
         return
-    yield _token_label(check, backend, conf)
+    yield _token_label(check, backend.text("token_label") or uri.token, conf)
 
 
-def _token_label(check: str, backend: ConfigFile, conf: Path) -> Finding:
-    label = backend.text("token_label") or ""
+def _token_label(check: str, label: str | None, conf: Path) -> Finding:
+    if label is None:
+        return ok(check, f"{conf} and its token directory are there; the URI names no label to look for")
     if shutil.which("softhsm2-util") is None:
         return ok(
             check, f"{conf} and its token directory are there; softhsm2-util is not, so the label was not looked for"
