@@ -22,6 +22,7 @@ from keyreeve_common.errors import (
     Conflict,
     DeadlineExceeded,
     KeyNotFound,
+    KeySelfTestFailed,
     SealedRecordInvalid,
     StorageFull,
     TokenPinIncorrect,
@@ -191,7 +192,7 @@ async def test_software_key_of_another_record_is_refused() -> None:
     backend = SoftwareBackend("software")
     one, two = [await backend.create(KeyId(name), KeyType.EC_P256) for name in ("one", "two")]
     await backend.load(record_of(KeyId("one"), KeyType.EC_P256, one, "software"), one.secret)
-    with pytest.raises(SealedRecordInvalid, match="not the one of the record's header"):
+    with pytest.raises(KeySelfTestFailed, match="not the one of the record's header"):
         await backend.load(record_of(KeyId("one"), KeyType.EC_P256, one, "software"), two.secret)
     await backend.close()
 

@@ -44,6 +44,7 @@ class KeyState(Enum):
     ENABLED = keyserver_pb2.KEY_STATE_ENABLED
     DISABLED = keyserver_pb2.KEY_STATE_DISABLED
     DESTROYED = keyserver_pb2.KEY_STATE_DESTROYED
+    PENDING_DESTRUCTION = keyserver_pb2.KEY_STATE_PENDING_DESTRUCTION
 
 
 class AuthorityKind(Enum):

@@ -50,6 +50,9 @@ class ErrorCode(StrEnum):
     SPIFFE_ID_INVALID = "spiffe_id_invalid"
     SVID_INVALID = "svid_invalid"
     SEALED_RECORD_INVALID = "sealed_record_invalid"
+    KEY_SELF_TEST_FAILED = "key_self_test_failed"
+    APPROVAL_REQUIRED = "approval_required"
+    APPROVAL_INVALID = "approval_invalid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,9 @@ RENDERINGS: dict[ErrorCode, Rendering] = {
     ErrorCode.SPIFFE_ID_INVALID: Rendering(36, "INVALID_ARGUMENT", 400),
     ErrorCode.SVID_INVALID: Rendering(37, "UNAUTHENTICATED", 401),
     ErrorCode.SEALED_RECORD_INVALID: Rendering(38, "FAILED_PRECONDITION", 500),
+    ErrorCode.KEY_SELF_TEST_FAILED: Rendering(40, "FAILED_PRECONDITION", 500),
+    ErrorCode.APPROVAL_REQUIRED: Rendering(41, "PERMISSION_DENIED", 403),
+    ErrorCode.APPROVAL_INVALID: Rendering(42, "PERMISSION_DENIED", 403),
 }
 CODE_BY_WIRE: dict[int, ErrorCode] = {rendering.wire: code for code, rendering in RENDERINGS.items()}
 
@@ -291,6 +297,24 @@ class SealedRecordInvalid(FailedPrecondition):
     """A sealed key record was changed, cut short, or sealed under another key-encryption key."""
 
     default_code = ErrorCode.SEALED_RECORD_INVALID
+
+
+class KeySelfTestFailed(FailedPrecondition):
+    """What the backend signs with a key does not verify with the public key of its sealed record."""
+
+    default_code = ErrorCode.KEY_SELF_TEST_FAILED
+
+
+class ApprovalRequired(PermissionDenied):
+    """The signer does this only with approvals; the detail says how many and whose are missing."""
+
+    default_code = ErrorCode.APPROVAL_REQUIRED
+
+
+class ApprovalInvalid(PermissionDenied):
+    """An approval that came along is expired, of a stranger, or not for this very request."""
+
+    default_code = ErrorCode.APPROVAL_INVALID
 
 
 def _leaf_classes() -> dict[ErrorCode, type[KeyreeveError]]:

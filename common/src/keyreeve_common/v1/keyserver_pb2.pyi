@@ -49,6 +49,8 @@ class _KeyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyState.Val
     KEY_STATE_ENABLED: _KeyState.ValueType  # 1
     KEY_STATE_DISABLED: _KeyState.ValueType  # 2
     KEY_STATE_DESTROYED: _KeyState.ValueType  # 3
+    KEY_STATE_PENDING_DESTRUCTION: _KeyState.ValueType  # 4
+    """signs nothing; destroyed at life.destroy_at unless that is cancelled"""
 
 class KeyState(_KeyState, metaclass=_KeyStateEnumTypeWrapper): ...
 
@@ -56,6 +58,8 @@ KEY_STATE_UNSPECIFIED: KeyState.ValueType  # 0
 KEY_STATE_ENABLED: KeyState.ValueType  # 1
 KEY_STATE_DISABLED: KeyState.ValueType  # 2
 KEY_STATE_DESTROYED: KeyState.ValueType  # 3
+KEY_STATE_PENDING_DESTRUCTION: KeyState.ValueType  # 4
+"""signs nothing; destroyed at life.destroy_at unless that is cancelled"""
 Global___KeyState: _TypeAlias = KeyState  # noqa: Y015
 
 @_typing.final
@@ -222,6 +226,40 @@ class SignResultBatch(_message.Message):
 Global___SignResultBatch: _TypeAlias = SignResultBatch  # noqa: Y015
 
 @_typing.final
+class KeyLife(_message.Message):
+    """What is to become of a key, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_REASON_FIELD_NUMBER: _builtins.int
+    RETIRE_AT_FIELD_NUMBER: _builtins.int
+    DESTROY_AT_FIELD_NUMBER: _builtins.int
+    state_reason: _builtins.str
+    """why the cluster itself disabled it; empty: a key administrator did"""
+    @_builtins.property
+    def retire_at(self) -> _timestamp_pb2.Timestamp:
+        """when it is disabled by itself"""
+
+    @_builtins.property
+    def destroy_at(self) -> _timestamp_pb2.Timestamp:
+        """when it is destroyed"""
+
+    def __init__(
+        self,
+        *,
+        state_reason: _builtins.str = ...,
+        retire_at: _timestamp_pb2.Timestamp | None = ...,
+        destroy_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["destroy_at", b"destroy_at", "retire_at", b"retire_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destroy_at", b"destroy_at", "retire_at", b"retire_at", "state_reason", b"state_reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeyLife: _TypeAlias = KeyLife  # noqa: Y015
+
+@_typing.final
 class AuthorityProfile(_message.Message):
     """What an authority key may sign; held in the sealed key record, never changed after creation."""
 
@@ -332,6 +370,10 @@ class Key(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     AUTHORITY_PROFILE_FIELD_NUMBER: _builtins.int
     SIGNATURES_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PREDECESSOR_FIELD_NUMBER: _builtins.int
+    SUCCESSOR_FIELD_NUMBER: _builtins.int
+    LIFE_FIELD_NUMBER: _builtins.int
     key_id: _builtins.str
     key_type: _types_pb2.KeyType.ValueType
     role: Global___KeyRole.ValueType
@@ -342,6 +384,12 @@ class Key(_message.Message):
     spki_der: _builtins.bytes
     signatures: _builtins.int
     """made by this replica since it started"""
+    generation: _builtins.int
+    """1: not made by a rotation"""
+    predecessor: _builtins.str
+    """key id"""
+    successor: _builtins.str
+    """key id"""
     @_builtins.property
     def purposes(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Purpose.ValueType]: ...
     @_builtins.property
@@ -352,6 +400,8 @@ class Key(_message.Message):
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def authority_profile(self) -> Global___AuthorityProfile: ...
+    @_builtins.property
+    def life(self) -> Global___KeyLife: ...
     def __init__(
         self,
         *,
@@ -368,10 +418,14 @@ class Key(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         authority_profile: Global___AuthorityProfile | None = ...,
         signatures: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        predecessor: _builtins.str = ...,
+        successor: _builtins.str = ...,
+        life: Global___KeyLife | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "authority_profile", b"authority_profile", "created_at", b"created_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "authority_profile", b"authority_profile", "created_at", b"created_at", "life", b"life"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "authority_profile", b"authority_profile", "backend", b"backend", "created_at", b"created_at", "key_id", b"key_id", "key_type", b"key_type", "label", b"label", "purposes", b"purposes", "role", b"role", "schemes", b"schemes", "signatures", b"signatures", "spki_der", b"spki_der", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "authority_profile", b"authority_profile", "backend", b"backend", "created_at", b"created_at", "generation", b"generation", "key_id", b"key_id", "key_type", b"key_type", "label", b"label", "life", b"life", "predecessor", b"predecessor", "purposes", b"purposes", "role", b"role", "schemes", b"schemes", "signatures", b"signatures", "spki_der", b"spki_der", "state", b"state", "successor", b"successor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

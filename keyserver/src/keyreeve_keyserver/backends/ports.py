@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from keyreeve_common.errors import KeyreeveError
+from keyreeve_common.errors import Internal, KeyreeveError
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.schemes import KeyType, SignatureScheme
 
@@ -65,6 +65,10 @@ class SignRequest:
 SignOutcome = bytes | KeyreeveError
 
 
+class SignatureMismatch(Internal):
+    """The backend signed, and the result does not verify with the key's public half: it is not released."""
+
+
 class Backend(Protocol):
     @property
     def name(self) -> str: ...
@@ -82,7 +86,7 @@ class Backend(Protocol):
         """Raises: KeyTypeNotSupported, Conflict, TokenUnavailable, StorageFull."""
 
     async def load(self, record: KeyRecord, secret: Secret | None) -> None:
-        """Makes the key ready to sign. Raises: KeyNotFound, TokenUnavailable, SealedRecordInvalid."""
+        """Makes the key ready to sign. Raises: KeyNotFound, TokenUnavailable, SealedRecordInvalid, KeySelfTestFailed."""
 
     def forget(self, key_id: KeyId) -> None:
         """Drops what is in memory of the key; a key that is not loaded is no error."""

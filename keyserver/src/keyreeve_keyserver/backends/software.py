@@ -23,7 +23,14 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_der_private_key,
 )
-from keyreeve_common.errors import DeadlineExceeded, Internal, KeyNotFound, KeyreeveError, SealedRecordInvalid
+from keyreeve_common.errors import (
+    DeadlineExceeded,
+    Internal,
+    KeyNotFound,
+    KeyreeveError,
+    KeySelfTestFailed,
+    SealedRecordInvalid,
+)
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, SignatureScheme, check_scheme_fits
 from keyreeve_common.verification import rsa_padding
@@ -33,6 +40,7 @@ from keyreeve_keyserver.backends.ports import (
     BackendState,
     Capabilities,
     CreatedKey,
+    SignatureMismatch,
     SignOutcome,
     SignRequest,
 )
@@ -107,7 +115,7 @@ class SoftwareBackend:
         key = await self._run(lambda: load_der_private_key(pkcs8, None, unsafe_skip_rsa_key_validation=True))
         spki_der = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         if spki_der != record.spki_der:
-            raise SealedRecordInvalid("the sealed key is not the one of the record's header")
+            raise KeySelfTestFailed("the sealed key is not the one of the record's header")
         self._keys[record.key_id] = _Loaded(record.spki_der, cast("PrivateKey", key))
 
     def forget(self, key_id: KeyId) -> None:
@@ -145,7 +153,9 @@ class SoftwareBackend:
             return _SIGNERS[request.record.key_type.family](loaded.key, request.scheme, request.message)
         except KeyreeveError as error:
             return error
-        except (InvalidSignature, ValueError, TypeError):
+        except InvalidSignature:
+            return SignatureMismatch("the software key gave a signature that does not verify")
+        except (ValueError, TypeError):
             return Internal("the software key failed to sign")
 
     async def _run(self, work: Callable[[], _T]) -> _T:

@@ -33,6 +33,7 @@ from keyreeve_keyserver.backends.ports import (
     BackendState,
     Capabilities,
     CreatedKey,
+    SignatureMismatch,
     SignOutcome,
     SignRequest,
 )
@@ -173,7 +174,7 @@ class WorkerBackend:
         try:
             public_key.verify(outcome, request.message, rsa_padding(request.scheme), algorithm)
         except InvalidSignature:
-            return Internal("the token gave a signature that does not verify")
+            return SignatureMismatch("the token gave a signature that does not verify")
         return outcome
 
     async def encrypt(self, label: str, nonce: bytes, associated: bytes, data: bytes) -> bytes:

@@ -22,6 +22,7 @@ from sqlalchemy import URL, Connection, Engine, Table, delete, insert, inspect, 
 
 from keyreeve_keyserver.catalog.database import WRITE, open_engine, storage_errors
 from keyreeve_keyserver.catalog.grants import GrantRows
+from keyreeve_keyserver.catalog.key_life import IS_PENDING, KeyLifeRows
 from keyreeve_keyserver.catalog.records import (
     Changes,
     KeyEntry,
@@ -37,11 +38,11 @@ from keyreeve_keyserver.catalog.steps import apply_steps, create_tables
 from keyreeve_keyserver.domain.keys import KeyState, canonical_json
 
 _SCHEMA_LOCK = 0x6B657972  # PostgreSQL advisory lock, so that two replicas do not make the tables at once
-_KEY_COLUMNS = [column for column in keys.columns if column.name != "sealed_record"]
+_KEY_COLUMNS = [column for column in keys.columns if column.name not in ("sealed_record", "destruction_permit")]
 _FACTS_COLUMNS = [keys.c.key_id, keys.c.role, keys.c.purposes, keys.c.state, keys.c.seq]
 
 
-class Catalog(GrantRows):
+class Catalog(GrantRows, KeyLifeRows):
     """Use `Catalog.open`; `close` gives the connections back."""
 
     def __init__(self, engine: Engine) -> None:
@@ -180,12 +181,12 @@ class Catalog(GrantRows):
         return None if found is None else bytes(found)
 
     def change_state(self, key_id: KeyId, *, to: KeyState, from_states: tuple[KeyState, ...]) -> KeyEntry | None:
-        """None when the key is in none of `from_states`. Raises: KeyNotFound."""
+        """None when the key is in none of `from_states`; one that waits for its destruction is in none. Raises: KeyNotFound."""
         with self._write() as (connection, seq):
             row = connection.execute(
                 update(keys)
-                .where(keys.c.key_id == key_id, keys.c.state.in_([state.value for state in from_states]))
-                .values(state=to.value, seq=seq)
+                .where(keys.c.key_id == key_id, keys.c.state.in_([state.value for state in from_states]), ~IS_PENDING)
+                .values(state=to.value, destroy_at=None, destruction_permit=None, state_reason=None, seq=seq)
                 .returning(*_KEY_COLUMNS)
             ).one_or_none()
         if row is not None:

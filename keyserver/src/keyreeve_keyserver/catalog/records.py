@@ -33,6 +33,18 @@ class NewKey:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyLife:
+    """Where a key stands among its generations, what is to become of it and when, and why the cluster itself disabled it."""
+
+    generation: int = 1
+    predecessor: str = ""
+    successor: str = ""
+    retire_at: datetime | None = None
+    destroy_at: datetime | None = None
+    state_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class KeyEntry:
     """A key of the catalog, without its sealed record. `state` is None while the signer has not answered yet."""
 
@@ -48,6 +60,7 @@ class KeyEntry:
     attributes: dict[str, Any] = field(hash=False)
     created_at: datetime
     seq: int
+    life: KeyLife = field(default_factory=KeyLife)
 
     @property
     def facts(self) -> KeyFacts:
@@ -80,11 +93,19 @@ def key_entry(row: Row[Any]) -> KeyEntry:
         backend=row.backend,
         label=row.label,
         authority_profile=parse_authority_profile(profile) if profile else None,
-        state=_state(row.state),
+        state=_state(row.state, row.destroy_at),
         spki_der=bytes(row.spki_der or b""),
         attributes=json.loads(row.attributes),
         created_at=time_from_number(row.created_at),
         seq=row.seq,
+        life=KeyLife(
+            generation=row.generation or 1,
+            predecessor=row.predecessor or "",
+            successor=row.successor or "",
+            retire_at=_time(row.retire_at),
+            destroy_at=_time(row.destroy_at),
+            state_reason=row.state_reason or "",
+        ),
     )
 
 
@@ -105,8 +126,15 @@ def grant_entry(row: Row[Any]) -> GrantEntry:
     return GrantEntry(grant, row.seq)
 
 
-def _state(text: str) -> KeyState | None:
+def _state(text: str, destroy_at: int | None) -> KeyState | None:
+    """A key that waits for its destruction is stored as a disabled one, which is what replicas of the release before know of it."""
+    if text == KeyState.DISABLED and destroy_at is not None:
+        return KeyState.PENDING_DESTRUCTION
     return KeyState(text) if text in set(KeyState) else None
+
+
+def _time(number: int | None) -> datetime | None:
+    return None if number is None else time_from_number(number)
 
 
 def purposes_to_text(purposes: frozenset[Purpose]) -> str:

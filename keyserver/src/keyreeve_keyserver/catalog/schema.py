@@ -44,6 +44,14 @@ keys = Table(
     Column("attributes", Text, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("seq", BigInteger, nullable=False),
+    # Key life (docs/adr/0014): null where nothing of it concerns the key.
+    Column("generation", Integer, nullable=True),
+    Column("predecessor", String(64), nullable=True),
+    Column("successor", String(64), nullable=True),
+    Column("retire_at", BigInteger, nullable=True),
+    Column("destroy_at", BigInteger, nullable=True),
+    Column("destruction_permit", LargeBinary, nullable=True),
+    Column("state_reason", Text, nullable=True),
     Index("keyreeve_keys_seq", "seq"),
     Index("keyreeve_keys_label", "label", "key_id"),
 )

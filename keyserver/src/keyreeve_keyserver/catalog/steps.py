@@ -11,7 +11,7 @@ from collections.abc import Callable
 from sqlalchemy import Column, Connection, Table, insert, inspect, select, text
 from sqlalchemy.schema import CreateColumn
 
-from keyreeve_keyserver.catalog.schema import metadata, schema_steps
+from keyreeve_keyserver.catalog.schema import keys, metadata, schema_steps
 
 Step = Callable[[Connection], None]
 
@@ -34,7 +34,18 @@ def new_column(table: Table, name: str) -> Step:
     return add
 
 
-STEPS: dict[str, Step] = {}  # in the order in which they are done; a name is never used again
+_KEY_LIFE = (
+    "generation",
+    "predecessor",
+    "successor",
+    "retire_at",
+    "destroy_at",
+    "destruction_permit",
+    "state_reason",
+)
+STEPS: dict[str, Step] = {
+    f"key_life_{name}": new_column(keys, name) for name in _KEY_LIFE
+}  # in the order in which they are done; a name is never used again
 
 
 def create_tables(connection: Connection) -> None:

@@ -38,6 +38,7 @@ class KeyState(StrEnum):
 
     ENABLED = "enabled"
     DISABLED = "disabled"
+    PENDING_DESTRUCTION = "pending_destruction"  # disabled, and to be destroyed at a time that is set
     DESTROYED = "destroyed"
 
 

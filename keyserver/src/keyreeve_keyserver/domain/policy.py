@@ -64,7 +64,7 @@ def authorize_local(key: KeyFacts | None, purpose: int) -> None:
 def _check_use(key: KeyFacts, allowed: frozenset[Purpose], purpose: int, source: str) -> None:
     if purpose not in allowed:
         raise PurposeNotPermitted(f"the {source} does not cover purpose {_label(purpose)} for this key")
-    if key.state is KeyState.DISABLED:
+    if key.state is not KeyState.ENABLED:
         raise KeyDisabled("the key is disabled; a key administrator can enable it")
 
 

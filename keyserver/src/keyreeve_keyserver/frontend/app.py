@@ -136,6 +136,7 @@ class FrontEnd:
         access = Access(threads, max_staleness=config.catalog.max_staleness)
         engine = SigningEngine(self._link, threads, control_timeout=config.limits.control_timeout)
         access.on_disabled = engine.forget
+        engine.on_faulty = access.apply_key
         self._identity = TlsIdentity(
             config.state_dir, trust_domain=config.trust_domain, spiffe_id=config.spiffe_id, clock=clock
         )

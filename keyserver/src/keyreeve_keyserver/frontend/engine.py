@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from time import monotonic
 from typing import Any
 
-from keyreeve_common.errors import DeadlineExceeded, ErrorCode, KeyNotFound, KeyreeveError
+from keyreeve_common.errors import DeadlineExceeded, ErrorCode, KeyNotFound, KeyreeveError, KeySelfTestFailed
 from keyreeve_common.key_id import KeyId
-from keyreeve_common.telemetry import log_exception
+from keyreeve_common.telemetry import log_error, log_exception
 
+from keyreeve_keyserver.catalog.records import KeyEntry
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import CatalogThreads
@@ -31,6 +32,9 @@ class SigningEngine:
         self._loading: dict[KeyId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.signatures: Counter[str] = Counter()
+        self.on_faulty: Callable[[KeyEntry], None] = lambda _: (
+            None
+        )  # a key that was disabled since it failed its self-test
 
     def submit(self, caller: str, items: Sequence[SignItem], on_results: OnResults, *, timeout_s: float) -> None:
         """Every item's result reaches `on_results` exactly once; items have distinct ids."""
@@ -105,7 +109,22 @@ class SigningEngine:
         if record is None:
             raise KeyNotFound()
         encoded = base64.b64encode(record).decode("ascii")
-        await self._link.control("load_key", timeout=self._control_timeout_s, record=encoded)
+        try:
+            await self._link.control("load_key", timeout=self._control_timeout_s, record=encoded)
+        except KeySelfTestFailed as error:
+            await self._disable_faulty(key_id, error)
+            raise
+
+    async def _disable_faulty(self, key_id: KeyId, error: KeySelfTestFailed) -> None:
+        """The server goes on without this key; an operator looks into it, and enables it or makes another."""
+        log_error("key_self_test_failed", key_id=key_id, detail=error.detail)
+        try:
+            entry = await self._threads.run(self._threads.catalog.disable_faulty, key_id, reason=error.detail)
+        except KeyreeveError as failure:
+            log_error("faulty_key_not_disabled", key_id=key_id, code=failure.code.value, detail=failure.detail)
+            return
+        if entry is not None:
+            self.on_faulty(entry)
 
 
 def _later(item: SignItem, spent_s: float) -> SignItem:

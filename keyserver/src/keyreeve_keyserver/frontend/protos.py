@@ -89,6 +89,14 @@ def key_to_proto(entry: KeyEntry, *, signatures: int) -> keyserver_pb2.Key:
         ),
         created_at=_timestamp(entry.created_at),
         signatures=signatures,
+        generation=entry.life.generation,
+        predecessor=entry.life.predecessor,
+        successor=entry.life.successor,
+        life=keyserver_pb2.KeyLife(
+            state_reason=entry.life.state_reason,
+            retire_at=_timestamp(entry.life.retire_at),
+            destroy_at=_timestamp(entry.life.destroy_at),
+        ),
     )
     if entry.authority_profile is not None:
         message.authority_profile.CopyFrom(_profile_to_proto(entry.authority_profile))

@@ -32,6 +32,7 @@ from keyreeve_keyserver.domain.keys import (
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import Control, JsonObject
 from keyreeve_keyserver.signer.sealing import Sealer
+from keyreeve_keyserver.signer.self_test import load_tested
 from keyreeve_keyserver.signer.service import KeyTable
 
 _REQUIRED = frozenset({"key_id", "key_type", "role", "purposes"})
@@ -144,7 +145,7 @@ class ControlService:
         if loaded is not None and loaded != record:
             raise Conflict("another record of this key id is loaded: forget that first")
         if loaded is None:
-            await self._backend(record.backend).load(record, secret)
+            await load_tested(self._backend(record.backend), record, secret)
             self._keys.put(record)
         return {"key_id": record.key_id}
 
