@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from keyreeve_keyserver.catalog.records import KeyEntry, NewKey
 from keyreeve_keyserver.catalog.steps import STEPS, new_column
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.domain.policy import Grant
+from keyreeve_keyserver.domain.rates import Rate
 from keyreeve_testing.postgres import PostgresServer, postgres_is_installed, running_postgres
 from sqlalchemy import URL, Column, Connection, Integer, MetaData, Table, Text, create_engine, make_url, text
 
@@ -383,3 +385,30 @@ def test_column_is_added_once(url: URL) -> None:
         new_column(later, "note")(connection)
         connection.execute(text("INSERT INTO keyreeve_test (id, note) VALUES (1, 'n')"))
     engine.dispose()
+
+
+def test_rate_of_a_grant_is_kept_replaced_and_followed(catalog: Catalog, open_catalog: Opener) -> None:
+    key_id = make_key(catalog).key_id
+    limited = replace(grant(key_id), rate=Rate(1 / 3, 7))
+    assert catalog.put_grant(limited).grant == limited
+    longer = catalog.extend_grant(key_id, HOLDER, expires_at=NOW + 2 * HOUR, now=NOW)
+    assert longer.grant.rate == Rate(1 / 3, 7)
+    changes = open_catalog().changes_since(0)
+    assert changes is not None
+    assert changes.grants == (longer,)
+    assert catalog.put_grant(grant(key_id)).grant.rate is None
+
+
+def test_catalog_of_the_release_before_gets_its_rates(open_catalog: Opener, url: URL) -> None:
+    before = open_catalog()
+    key_id = make_key(before).key_id
+    before.put_grant(grant(key_id))
+    with before._engine.begin() as connection:
+        connection.execute(text("DELETE FROM keyreeve_schema_steps WHERE name LIKE 'grants_rate%'"))
+        connection.execute(text("ALTER TABLE keyreeve_grants DROP COLUMN rate_per_second"))
+        connection.execute(text("ALTER TABLE keyreeve_grants DROP COLUMN rate_burst"))
+    after = open_catalog()
+    (found,) = after.list_grants(limit=10)
+    assert found.grant == grant(key_id)
+    limited = replace(grant(key_id), rate=Rate(5, 9))
+    assert after.put_grant(limited).grant == limited

@@ -104,6 +104,14 @@ class ClusterKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """A token bucket that holds `burst` tokens and gains `per_second` of them, at each replica."""
+
+    per_second: float
+    burst: int
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     key_id: KeyId
     holder: str
@@ -111,6 +119,7 @@ class Grant:
     expires_at: datetime | None = None
     created_at: datetime | None = None
     revoked_at: datetime | None = None
+    rate: Rate | None = None
 
     @property
     def is_revoked(self) -> bool:
@@ -180,14 +189,21 @@ class KeyAdminClient:
         return _key(self._call(self._keys.DestroyKey, keyserver_pb2.DestroyKeyRequest(key_id=key_id)))
 
     def create_grant(
-        self, key_id: str, holder: SpiffeId, *, purposes: frozenset[Purpose], expires_at: datetime | None
+        self,
+        key_id: str,
+        holder: SpiffeId,
+        *,
+        purposes: frozenset[Purpose],
+        expires_at: datetime | None,
+        rate: Rate | None = None,
     ) -> Grant:
-        """Makes or replaces the grant; a revoked one works again."""
+        """Makes or replaces the grant, its rate too; a revoked one works again. Without a rate the key server's own limits hold."""
         request = keyserver_pb2.CreateGrantRequest(
             key_id=key_id,
             holder=str(holder),
             purposes=_purposes_to_proto(purposes),
             expires_at=_timestamp(expires_at),
+            rate=None if rate is None else keyserver_pb2.Rate(per_second=rate.per_second, burst=rate.burst),
         )
         return _grant(self._call(self._grants.CreateGrant, request))
 
@@ -303,4 +319,5 @@ def _grant(message: keyserver_pb2.Grant) -> Grant:
         expires_at=_time(message, "expires_at"),
         created_at=_time(message, "created_at"),
         revoked_at=_time(message, "revoked_at"),
+        rate=Rate(message.rate.per_second, message.rate.burst) if message.HasField("rate") else None,
     )

@@ -13,6 +13,8 @@ from keyreeve_common.identity import SpiffeId, TrustDomain
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from keyreeve_keyserver.domain.rates import MAX_BURST, MAX_PER_SECOND
+
 MAX_SOCKET_PATH_BYTES = 107
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})", re.ASCII)
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgresql+psycopg": "postgresql+psycopg"}
@@ -51,14 +53,40 @@ class CatalogConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Rates:
+    """Signatures a second: of a grant that names no rate, of one holder, of one key. 0: no limit; a burst of 0: twice the rate.
+
+    Each replica counts for itself; `replicas` divides every rate, those of grants too.
+    """
+
+    per_grant: int = 0
+    per_grant_burst: int = 0
+    per_holder: int = 50_000
+    per_holder_burst: int = 0
+    per_key: int = 100_000
+    per_key_burst: int = 0
+    replicas: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("per_grant", "per_holder", "per_key"):
+            if not 0 <= getattr(self, name) <= MAX_PER_SECOND:
+                raise ConfigInvalid(f"{name}: allowed are 0 (no limit) to {MAX_PER_SECOND}")
+            if not 0 <= getattr(self, f"{name}_burst") <= MAX_BURST:
+                raise ConfigInvalid(f"{name}_burst: allowed are 0 (twice the rate) to {MAX_BURST}")
+        if not 1 <= self.replicas <= 1000:
+            raise ConfigInvalid("replicas: allowed are 1 to 1000")
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
-    """`sign_timeout` bounds every signature; `drain_timeout` what a stop waits for; the others bound memory."""
+    """`sign_timeout` bounds every signature; `drain_timeout` what a stop waits for; `rates` are per replica; the others bound memory."""
 
     sign_timeout: timedelta = timedelta(seconds=5)
     control_timeout: timedelta = timedelta(seconds=60)
     drain_timeout: timedelta = timedelta(seconds=10)
     batches_per_stream: int = 32
     bytes_in_flight: int = 134_217_728
+    rates: Rates = field(default_factory=Rates)
 
     def __post_init__(self) -> None:
         _require_range("sign_timeout", self.sign_timeout, low="10ms", high="60s")

@@ -179,6 +179,8 @@ class FakeKeyServer(
 
     async def CreateGrant(self, request: keyserver_pb2.CreateGrantRequest, context: Any) -> keyserver_pb2.Grant:
         grant = keyserver_pb2.Grant(key_id=request.key_id, holder=request.holder, purposes=request.purposes)
+        if request.HasField("rate"):
+            grant.rate.CopyFrom(request.rate)
         self.grants[request.key_id, request.holder] = grant
         return grant
 

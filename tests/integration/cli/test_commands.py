@@ -157,7 +157,11 @@ def test_grants_are_made_listed_and_revoked(services: Services) -> None:
     (grant,) = services.json("grant", "list")
     assert grant["purposes"] == ["tls13_server_verify"]
     assert grant["revoked_at"] is None
+    assert grant["rate"] is None
     assert services.json("grant", "revoke", "--key-id", "k-1", "--holder", AGENT)["revoked_at"] is not None
+    limited = ("grant", "create", "--key-id", "k-2", "--holder", AGENT, "--rate", "500/s", "--burst", "900")
+    assert services.json(*limited)["rate"] == {"per_second": 500.0, "burst": 900}
+    assert "500/s, burst 900" in services.run("grant", "list")[1]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
@@ -15,9 +16,11 @@ from keyreeve_common.identity import SpiffeId
 from keyreeve_common.key_id import parse_key_id
 from keyreeve_common.purposes import parse_purpose
 from keyreeve_common.schemes import KeyType
-from keyreeve_common.v1 import ca_pb2, types_pb2
+from keyreeve_common.v1 import ca_pb2, keyserver_pb2, types_pb2
 
 T = TypeVar("T")
+_RATE = re.compile(r"([0-9]{1,7})/([smh])", re.ASCII)
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 def spiffe_id(text: str) -> str:
@@ -48,6 +51,19 @@ def expiry_proto(text: str | None, *, now: datetime | None = None) -> Timestamp 
     message = Timestamp()
     message.FromDatetime(when)
     return message
+
+
+def rate_proto(text: str | None, burst: int | None) -> keyserver_pb2.Rate | None:
+    """A number and a unit of time, such as `500/s`, `10/m` or `1/h`."""
+    if text is None:
+        if burst is not None:
+            raise typer.BadParameter("--burst goes with --rate")
+        return None
+    match = _RATE.fullmatch(text)
+    if match is None or not int(match[1]):
+        raise typer.BadParameter(f"{text[:32]!r} is not a rate such as 500/s, 10/m or 1/h")
+    count = int(match[1])
+    return keyserver_pb2.Rate(per_second=count / _SECONDS[match[2]], burst=2 * count if burst is None else burst)
 
 
 def _instant(text: str) -> datetime | None:

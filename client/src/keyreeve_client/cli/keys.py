@@ -23,7 +23,7 @@ from keyreeve_client.cli.output import Output, show_list, show_one
 app = typer.Typer(no_args_is_help=True, help="Keys of the key server.")
 grants = typer.Typer(no_args_is_help=True, help="Who may use which key.")
 _COLUMNS = ("key_id", "key_type", "role", "state", "backend", "label", "attributes", "signatures")
-_GRANT_COLUMNS = ("key_id", "holder", "purposes", "expires_at", "revoked_at")
+_GRANT_COLUMNS = ("key_id", "holder", "purposes", "expires_at", "revoked_at", "rate")
 
 KeyIdArgument = Annotated[str, typer.Argument(help="The key's id.")]
 KeyIdOption = Annotated[str, typer.Option("--key-id", help="The key's id.")]
@@ -140,15 +140,22 @@ def create_grant(
         list[str] | None, typer.Option("--purpose", help="tls13_server_verify and tls13_client_verify unless told.")
     ] = None,
     expires: Annotated[str | None, typer.Option("--expires", help="A time, or from now, such as 24h.")] = None,
+    rate: Annotated[
+        str | None, typer.Option("--rate", help="Signatures at each replica, such as 500/s or 10/m.")
+    ] = None,
+    burst: Annotated[
+        int | None, typer.Option("--burst", min=1, help="How many at once; twice the rate unless told.")
+    ] = None,
     socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET,
     output: Output = None,
 ) -> None:
-    """Lets a holder use a key; a grant that was revoked works again."""
+    """Lets a holder use a key, instead of what it had; a grant that was revoked works again."""
     request = keyserver_pb2.CreateGrantRequest(
         key_id=arguments.key_id(key_id),
         holder=arguments.spiffe_id(holder),
         purposes=arguments.purposes(purpose or ("tls13_server_verify", "tls13_client_verify")),
         expires_at=arguments.expiry_proto(expires),
+        rate=arguments.rate_proto(rate, burst),
     )
     with key_server(socket) as stubs:
         show_one(stubs.grants.CreateGrant(request, timeout=TIMEOUT_S), output)

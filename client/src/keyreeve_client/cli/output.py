@@ -99,6 +99,8 @@ def text_of(value: Json) -> str:
     if isinstance(value, Mapping):
         if value.keys() == {"type", "value"}:  # a selector, as it is written on the command line
             return f"{value['type']}:{value['value']}"
+        if value.keys() == {"per_second", "burst"}:  # a rate
+            return f"{value['per_second']:g}/s, burst {value['burst']}"
         return " ".join(f"{name}={text_of(inner)}" for name, inner in value.items() if inner not in ("", [], None))
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(text_of(item) for item in value) or "-"

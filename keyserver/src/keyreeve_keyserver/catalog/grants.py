@@ -31,6 +31,8 @@ class GrantRows:
             "created_at": time_to_number(grant.created_at),
             "expires_at": None if grant.expires_at is None else time_to_number(grant.expires_at),
             "revoked_at": None,
+            "rate_per_second": None if grant.rate is None else grant.rate.per_second,
+            "rate_burst": None if grant.rate is None else grant.rate.burst,
         }
         with self._write() as (connection, seq):
             values["seq"] = seq

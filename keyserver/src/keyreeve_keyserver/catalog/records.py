@@ -14,6 +14,7 @@ from sqlalchemy import Row
 
 from keyreeve_keyserver.domain.keys import AuthorityProfile, KeyState, parse_authority_profile
 from keyreeve_keyserver.domain.policy import Grant, KeyFacts
+from keyreeve_keyserver.domain.rates import Rate
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -122,6 +123,7 @@ def grant_entry(row: Row[Any]) -> GrantEntry:
         created_at=time_from_number(row.created_at),
         expires_at=None if row.expires_at is None else time_from_number(row.expires_at),
         revoked_at=None if row.revoked_at is None else time_from_number(row.revoked_at),
+        rate=None if row.rate_per_second is None else Rate(row.rate_per_second, row.rate_burst),
     )
     return GrantEntry(grant, row.seq)
 

@@ -6,7 +6,7 @@ reader that has seen counter N has seen every row up to N.
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Column, Double, Index, Integer, LargeBinary, MetaData, String, Table, Text
 
 SCHEMA_VERSION = (
     1  # changes only when programs of the version before cannot go on; what is added beside it is a step (steps.py)
@@ -66,6 +66,8 @@ grants = Table(
     Column("expires_at", BigInteger, nullable=True),
     Column("revoked_at", BigInteger, nullable=True),
     Column("seq", BigInteger, nullable=False),
+    Column("rate_per_second", Double, nullable=True),
+    Column("rate_burst", BigInteger, nullable=True),
     Index("keyreeve_grants_seq", "seq"),
     Index("keyreeve_grants_holder", "holder", "key_id"),
 )

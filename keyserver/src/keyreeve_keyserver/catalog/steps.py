@@ -11,7 +11,7 @@ from collections.abc import Callable
 from sqlalchemy import Column, Connection, Table, insert, inspect, select, text
 from sqlalchemy.schema import CreateColumn
 
-from keyreeve_keyserver.catalog.schema import keys, metadata, schema_steps
+from keyreeve_keyserver.catalog.schema import grants, keys, metadata, schema_steps
 
 Step = Callable[[Connection], None]
 
@@ -44,7 +44,9 @@ _KEY_LIFE = (
     "state_reason",
 )
 STEPS: dict[str, Step] = {
-    f"key_life_{name}": new_column(keys, name) for name in _KEY_LIFE
+    **{f"key_life_{name}": new_column(keys, name) for name in _KEY_LIFE},
+    "grants_rate_per_second": new_column(grants, "rate_per_second"),
+    "grants_rate_burst": new_column(grants, "rate_burst"),
 }  # in the order in which they are done; a name is never used again
 
 

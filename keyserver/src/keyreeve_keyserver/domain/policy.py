@@ -14,6 +14,7 @@ from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import KeyRole, Purpose
 
 from keyreeve_keyserver.domain.keys import KeyState
+from keyreeve_keyserver.domain.rates import Rate
 
 LOCAL_PURPOSES = frozenset({Purpose.X509_CERTIFICATE, Purpose.CERTIFICATE_REQUEST})
 
@@ -30,7 +31,7 @@ class KeyFacts:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Lets `holder` (a SPIFFE ID) use one key for some purposes until `expires_at`, or until it is revoked."""
+    """Lets `holder` (a SPIFFE ID) use one key for some purposes until `expires_at`, or until it is revoked, at some rate at each replica."""
 
     key_id: KeyId
     holder: str
@@ -38,16 +39,21 @@ class Grant:
     created_at: datetime
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
+    rate: Rate | None = None
 
     def is_live(self, now: datetime) -> bool:
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
-def authorize_holder(key: KeyFacts | None, grant: Grant | None, purpose: int, now: datetime) -> None:
-    """Raises: KeyNotFound, PurposeNotPermitted, KeyDisabled. `grant` is the caller's for this key, if there is one."""
+def authorize_holder(key: KeyFacts | None, grant: Grant | None, purpose: int, now: datetime) -> Grant:
+    """The grant, when it covers this use; `grant` is the caller's for this key, if there is one.
+
+    Raises: KeyNotFound, PurposeNotPermitted, KeyDisabled.
+    """
     if grant is None or key is None or not grant.is_live(now) or key.state is KeyState.DESTROYED:
         raise KeyNotFound()
     _check_use(key, grant.purposes & key.purposes, purpose, "grant")
+    return grant
 
 
 def authorize_local(key: KeyFacts | None, purpose: int) -> None:

@@ -56,15 +56,15 @@ class Access:
         self._read_at = 0.0
         self.on_disabled: Callable[[KeyId], None] = lambda _: None
 
-    def authorize(self, holder: str, key_id: str, purpose: int, now: datetime) -> None:
-        """Raises: KeyNotFound, PurposeNotPermitted, KeyDisabled."""
+    def authorize(self, holder: str, key_id: str, purpose: int, now: datetime) -> Grant | None:
+        """The grant that allows it; None for the operator, who needs none. Raises: KeyNotFound, PurposeNotPermitted, KeyDisabled."""
         key = self._keys.get(key_id)
         facts = key[0] if key else None
         if holder == LOCAL:
             authorize_local(facts, purpose)
-            return
+            return None
         found = self._grants.get(holder, _NO_GRANTS).get(key_id)
-        authorize_holder(facts, found[0] if found else None, purpose, now)
+        return authorize_holder(facts, found[0] if found else None, purpose, now)
 
     def require_fresh(self) -> None:
         """Raises: Unavailable."""

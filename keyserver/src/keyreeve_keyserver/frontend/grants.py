@@ -17,7 +17,7 @@ from keyreeve_keyserver.catalog.records import GrantEntry
 from keyreeve_keyserver.domain.policy import Grant, check_expiry, check_grantable
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
 from keyreeve_keyserver.frontend.key_admin import page_size
-from keyreeve_keyserver.frontend.protos import grant_to_proto, purposes_from_proto, time_from_proto
+from keyreeve_keyserver.frontend.protos import grant_to_proto, purposes_from_proto, rate_from_proto, time_from_proto
 
 
 class GrantsServicer(keyserver_pb2_grpc.GrantsServicer):
@@ -35,9 +35,10 @@ class GrantsServicer(keyserver_pb2_grpc.GrantsServicer):
         holder = self._holder(request.holder)
         purposes = purposes_from_proto(request.purposes)
         expires_at = time_from_proto(request.expires_at, "expires_at") if request.HasField("expires_at") else None
+        rate = rate_from_proto(request.rate) if request.HasField("rate") else None
         key = await self._threads.run(self._threads.catalog.key, key_id)
         check_grantable(key.facts, purposes, expires_at, now)
-        grant = Grant(key_id, holder, purposes, created_at=now, expires_at=expires_at)
+        grant = Grant(key_id, holder, purposes, created_at=now, expires_at=expires_at, rate=rate)
         entry = await self._threads.run(self._threads.catalog.put_grant, grant)
         self._access.apply_key(key)
         return self._done("grant_created", entry)

@@ -26,6 +26,7 @@ from keyreeve_keyserver.domain.keys import (
     check_purposes,
 )
 from keyreeve_keyserver.domain.policy import Grant
+from keyreeve_keyserver.domain.rates import Rate
 
 M = TypeVar("M")
 N = TypeVar("N", bound=int)
@@ -111,7 +112,15 @@ def grant_to_proto(grant: Grant) -> keyserver_pb2.Grant:
         expires_at=_timestamp(grant.expires_at),
         created_at=_timestamp(grant.created_at),
         revoked_at=_timestamp(grant.revoked_at),
+        rate=None
+        if grant.rate is None
+        else keyserver_pb2.Rate(per_second=grant.rate.per_second, burst=grant.rate.burst),
     )
+
+
+def rate_from_proto(message: keyserver_pb2.Rate) -> Rate:
+    """Raises: InvalidRequest."""
+    return Rate(message.per_second, message.burst)
 
 
 def purposes_from_proto(numbers: Sequence[int]) -> frozenset[Purpose]:

@@ -31,6 +31,7 @@ from keyreeve_keyserver.config import Limits
 from keyreeve_keyserver.frames import MAX_ITEMS, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import Access
 from keyreeve_keyserver.frontend.engine import SigningEngine
+from keyreeve_keyserver.frontend.rates import RateLimiter
 
 _MAX_SCHEME = 0xFFFF
 _MAX_REFUSAL_LINES = 16
@@ -50,6 +51,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         self.engine = engine
         self.limits = limits
         self.clock = clock
+        self._rates = RateLimiter(limits.rates)
         self._bound_ms = int(limits.sign_timeout / timedelta(milliseconds=1))
         self._streams: set[_Stream] = set()
         self._draining = False
@@ -100,10 +102,12 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         if request.purpose not in _PURPOSES:
             raise PurposeNotPermitted(f"purpose {request.purpose} is not one that Keyreeve knows")
         key_id = parse_key_id(request.key_id)
-        self.access.authorize(caller, key_id, request.purpose, now)
+        grant = self.access.authorize(caller, key_id, request.purpose, now)
         if request.scheme > _MAX_SCHEME:
             raise SchemeNotSupported("signature scheme is not a code point of the TLS SignatureScheme registry")
         trace = checked_trace(request.trace)
+        if grant is not None:
+            self._rates.admit(grant)
         return SignItem(number, key_id, request.scheme, request.purpose, deadline_ms, message, trace)
 
     def bound_ms(self, asked_ms: int) -> int:

@@ -54,3 +54,19 @@ def test_purposes_are_checked_by_name() -> None:
     assert arguments.purposes(["tls13_server_verify"]) == [types_pb2.PURPOSE_TLS13_SERVER_VERIFY]
     with pytest.raises(typer.BadParameter, match="unknown purpose"):
         arguments.purposes(["unspecified"])
+
+
+@pytest.mark.parametrize(
+    ("text", "burst", "per_second", "wanted"),
+    [("500/s", 1000, 500.0, 1000), ("30/m", None, 0.5, 60), ("1/h", None, 1 / 3600, 2)],
+)
+def test_a_rate_is_a_number_in_a_unit_of_time(text: str, burst: int | None, per_second: float, wanted: int) -> None:
+    rate = arguments.rate_proto(text, burst)
+    assert rate is not None
+    assert (rate.per_second, rate.burst) == (per_second, wanted)
+
+
+@pytest.mark.parametrize(("text", "burst"), [("500", None), ("0/s", None), ("5/d", None), ("-5/s", None), (None, 7)])
+def test_a_wrong_rate_is_a_usage_error(text: str | None, burst: int | None) -> None:
+    with pytest.raises(typer.BadParameter, match="rate"):
+        arguments.rate_proto(text, burst)
