@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from keyreeve_common.errors import ConfigInvalid, FailedPrecondition, KeyreeveError, SvidExpired, SvidInvalid
+from keyreeve_common.prometheus_export import MetricsServer
 from keyreeve_common.telemetry import configure_logging, log, log_error, notify_ready
 
 from keyreeve_ca.config import CaConfig, load_ca_config
@@ -76,7 +77,13 @@ async def serve(config: CaConfig) -> None:
         await asyncio.to_thread(_check_initialised, store, ca, own)
         feed = ChangeFeed(store)
         listeners = Listeners(ca, config, feed)
+        metrics = MetricsServer([listeners.metrics.snapshot])
         await listeners.start()
+        listeners.metrics.watch(
+            listeners.agents.connected, lambda: active_authority(store.list_authorities()).not_after
+        )
+        if address := config.telemetry.metrics_listen:
+            metrics.start(address)
 
         def changed() -> None:
             loop.call_soon_threadsafe(feed.nudge)
@@ -91,6 +98,7 @@ async def serve(config: CaConfig) -> None:
         await stopping.wait()
         log("stopping")
         await listeners.stop()
+        await asyncio.to_thread(metrics.close)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

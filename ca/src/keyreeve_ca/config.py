@@ -16,6 +16,7 @@ from keyreeve_common.errors import ConfigInvalid, InvalidRequest
 from keyreeve_common.files import read_secret
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.schemes import KeyType
+from keyreeve_common.telemetry_config import TelemetryConfig
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -120,6 +121,7 @@ class CaConfig:
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     issuance: IssuanceConfig = field(default_factory=IssuanceConfig)
     background: BackgroundConfig = field(default_factory=BackgroundConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
         check_address("listen", self.listen)

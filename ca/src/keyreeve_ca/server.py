@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -27,6 +27,7 @@ from keyreeve_ca.grpc_api.admin_api import (
 )
 from keyreeve_ca.grpc_api.feed import ChangeFeed
 from keyreeve_ca.grpc_api.node_api import AgentsServicer, NodeAttestationServicer
+from keyreeve_ca.metrics import CaMetrics
 from keyreeve_ca.service import Ca
 
 _SERVICES = "/keyreeve.ca.v1."
@@ -86,6 +87,7 @@ class Listeners:
     ca: Ca
     config: CaConfig
     feed: ChangeFeed
+    metrics: CaMetrics = field(default_factory=CaMetrics)
 
     def __post_init__(self) -> None:
         self._servers: list[grpc.aio.Server] = []
@@ -117,7 +119,9 @@ class Listeners:
         await asyncio.gather(*(server.stop(STOP_GRACE) for server in self._servers))
 
     def _new_server(self) -> grpc.aio.Server:
-        edge = EdgeInterceptor(lambda: self.config.trust_domain, allow_table(self.config), self.ca.clock)
+        edge = EdgeInterceptor(
+            lambda: self.config.trust_domain, allow_table(self.config), self.ca.clock, self.metrics.call_ended
+        )
         server = grpc.aio.server(interceptors=[edge], options=_OPTIONS)
         self._servers.append(server)
         return server

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from time import monotonic
 from typing import Any, NoReturn, cast
 
 import grpc
@@ -110,18 +111,27 @@ def _utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+OnEnd = Callable[[str, str, float], None]
+
+
+def _no_one(_method: str, _code: str, _seconds: float) -> None:
+    return
+
+
 @dataclass(frozen=True)
 class EdgeInterceptor(grpc.aio.ServerInterceptor):
     """Holds every RPC to its callers and renders every error.
 
     `allow` maps a service or a method path ("/keyreeve.ca.v1.Entries/" or "/keyreeve.ca.v1.Entries/ListEntries", the longest match
     counts) to callers: SPIFFE IDs, SPIFFE ID prefixes that end in "/*", LOCAL, ANYONE. A path that is not in the table is refused.
-    Adapters raise our errors; any other exception is Internal to the caller, and its text stands in the log only.
+    Adapters raise our errors; any other exception is Internal to the caller, and its text stands in the log only. `on_end` hears of each call
+    that ended: its service and method, "ok" or an error code, and the seconds that it took.
     """
 
     trust_domain: Callable[[], TrustDomain | None]
     allow: Mapping[str, tuple[str, ...]]
     clock: Callable[[], datetime] = field(default=_utc_now)
+    on_end: OnEnd = field(default=_no_one)
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Handler]], handler_call_details: Any
@@ -148,22 +158,29 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
 
     def _wrap_unary(self, method: str, inner: Handler) -> Handler:
         async def call(request: object, context: Context) -> object:
+            began = monotonic()
             try:
                 self._admit(method, context)
-                return await inner(request, context)
+                answer = await inner(request, context)
             except Exception as error:
+                self.on_end(_short(method), _code_of(error), monotonic() - began)
                 await self._abort(method, context, error)
+            self.on_end(_short(method), "ok", monotonic() - began)
+            return answer
 
         return call
 
     def _wrap_stream(self, method: str, inner: Handler) -> Handler:
         async def call(request: object, context: Context) -> AsyncIterator[object]:
+            began = monotonic()
             try:
                 self._admit(method, context)
                 async for answer in inner(request, context):
                     yield answer
             except Exception as error:
+                self.on_end(_short(method), _code_of(error), monotonic() - began)
                 await self._abort(method, context, error)
+            self.on_end(_short(method), "ok", monotonic() - began)
 
         return call
 
@@ -199,6 +216,15 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
             trailers.append((RETRY_AFTER_TRAILER, str(_milliseconds(shown.retry_after))))
         await context.abort(grpc.StatusCode[shown.rendering.grpc], shown.detail, tuple(trailers))
         raise AssertionError("abort returned")
+
+
+def _short(method: str) -> str:
+    """ "Entries/CreateEntry" of "/keyreeve.ca.v1.Entries/CreateEntry"."""
+    return method.rpartition(".")[2]
+
+
+def _code_of(error: Exception) -> str:
+    return error.code.value if isinstance(error, KeyreeveError) else ErrorCode.INTERNAL.value
 
 
 def _peer_name(context: Context) -> str:

@@ -33,3 +33,18 @@ def checked_trace(given: bytes) -> bytes:
 def request_id_of(trace: bytes) -> str:
     """32 hexadecimal digits."""
     return trace[:_ID_BYTES].hex()
+
+
+def is_sampled(trace: bytes) -> bool:
+    """Whether whoever sent this context records it. Spec: W3C Trace Context 3.2.2.5."""
+    return trace[-1] & 1 == 1
+
+
+def pack_trace(trace_id: int, span_id: int) -> bytes:
+    """The context of a sampled span."""
+    return trace_id.to_bytes(_ID_BYTES, "big") + span_id.to_bytes(8, "big") + b"\x01"
+
+
+def unpack_trace(trace: bytes) -> tuple[int, int]:
+    """Trace id and span id as numbers."""
+    return int.from_bytes(trace[:_ID_BYTES], "big"), int.from_bytes(trace[_ID_BYTES:-1], "big")

@@ -10,6 +10,7 @@ from pathlib import Path
 from keyreeve_common.config import load_config, parse_duration
 from keyreeve_common.errors import ConfigInvalid
 from keyreeve_common.identity import SpiffeId, TrustDomain
+from keyreeve_common.telemetry_config import TelemetryConfig
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -113,6 +114,19 @@ class SupervisorConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CanaryConfig:
+    """`interval` between canary signatures of each backend; 0s: none are made."""
+
+    interval: timedelta = timedelta(0)
+    timeout: timedelta = timedelta(seconds=2)
+
+    def __post_init__(self) -> None:
+        if self.interval:
+            _require_range("interval", self.interval, low="100ms", high="1h")
+        _require_range("timeout", self.timeout, low="10ms", high="60s")
+
+
+@dataclass(frozen=True, slots=True)
 class KeyServerConfig:
     """keyserver.toml. `listen` is where agents and the CA call (mTLS); `admin_socket` is for operators on this host."""
 
@@ -127,6 +141,8 @@ class KeyServerConfig:
     catalog: CatalogConfig = field(default_factory=CatalogConfig)
     limits: Limits = field(default_factory=Limits)
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
         match = _ADDRESS.fullmatch(self.listen)

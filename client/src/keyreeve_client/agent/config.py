@@ -13,6 +13,7 @@ from pathlib import Path
 from keyreeve_common.errors import ConfigInvalid
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.key_reference import MAX_SOCKET_BYTES
+from keyreeve_common.telemetry_config import TelemetryConfig
 
 _BOUNDS = (
     "max_connections",
@@ -100,6 +101,7 @@ class AgentConfig:
     state_dir: Path = Path("/run/keyreeve-agent")
     drain_timeout: timedelta = timedelta(seconds=10)
     proxy: tuple[ProxyConfig, ...] = field(default=())
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
         for values, what in (

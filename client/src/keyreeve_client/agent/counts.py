@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from keyreeve_common.key_id import KeyId
+from keyreeve_common.metrics import MetricSet
 
 _LOG_INTERVAL_SECONDS = 1.0
 
@@ -19,8 +20,19 @@ class Counts:
     connections: int = 0
     outstanding: Counter[int] = field(default_factory=Counter)  # by uid
     of_uid: Counter[int] = field(default_factory=Counter)
+    metrics: MetricSet = field(default_factory=MetricSet)
     _logged_at: float | None = None
     _unlogged: int = 0
+
+    def count_refused(self, code: str) -> None:
+        self.refused[code] += 1
+        self.metrics.count("keyreeve_agent_requests_total", code)
+
+    def count_signed(self, key_id: KeyId, seconds: float) -> None:
+        """One signature, `seconds` after its request came."""
+        self.signed[key_id] += 1
+        self.metrics.count("keyreeve_agent_requests_total", "ok")
+        self.metrics.observe("keyreeve_agent_request_seconds", seconds=seconds)
 
     def log_malformed(self, now: float) -> int | None:
         """None when a malformed frame is not to be logged, else how many were not since the last that was: no client fills the log."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keyreeve_common.key_reference import KeyReference
+from keyreeve_common.prometheus_export import MetricsServer
 from keyreeve_common.telemetry import log, log_warning, notify_ready
 from keyreeve_common.x509_svid import to_pem
 
@@ -23,6 +24,7 @@ from keyreeve_client.agent.attestation import NodeIdentity
 from keyreeve_client.agent.config import AgentConfig
 from keyreeve_client.agent.file_sink import SvidFiles
 from keyreeve_client.agent.key_cluster import KeyCluster
+from keyreeve_client.agent.metrics import watch_agent
 from keyreeve_client.agent.publisher import Publisher, sink_of
 from keyreeve_client.agent.sign_listener import bind_sign_socket, remove_sign_socket
 from keyreeve_client.agent.sign_server import SignServer
@@ -77,6 +79,9 @@ class Agent:
         if await _unless(stop, identity.establish()):
             return
         self._parts(identity)
+        metrics = MetricsServer([watch_agent(identity, self._sync, self._server, self._cluster).snapshot])
+        if address := self.config.telemetry.metrics_listen:
+            metrics.start(address)
         try:
             async with asyncio.TaskGroup() as group:
                 background = [
@@ -98,6 +103,7 @@ class Agent:
                 for task in background:
                     task.cancel()
         finally:
+            await asyncio.to_thread(metrics.close)
             await self._cluster.close()
             await self._ca.close()
         await self._status.write()

@@ -251,6 +251,8 @@ class SignConnection(asyncio.Protocol):
         peer = self._peer
         if peer is None:
             return
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             async with asyncio.timeout(request.deadline_ms / 1000):
                 selectors = peer.selectors()
@@ -269,7 +271,7 @@ class SignConnection(asyncio.Protocol):
             log_exception("sign_request_failed")
             self._refuse(request.request_id, Internal("internal error; the agent's log has the cause"))
         else:
-            self._server.counts.signed[request.key_id] += 1
+            self._server.counts.count_signed(request.key_id, loop.time() - began)
             self._send(SignedFrame(request.request_id, signature))
 
     async def _learn(self, peer: Peer, key_id: KeyId) -> frozenset[Selector]:
@@ -282,7 +284,7 @@ class SignConnection(asyncio.Protocol):
         return peer.lacks(self._server.keys.kinds_to_learn(key_id, known, COSTLY_KINDS))
 
     def _refuse(self, request_id: int, error: KeyreeveError) -> None:
-        self._server.counts.refused[error.code.value] += 1
+        self._server.counts.count_refused(error.code.value)
         self._send(RefusedFrame(request_id, error))
 
     def _fail(self, request_id: int, error: MalformedFrame) -> None:

@@ -923,6 +923,7 @@ class BackendHealth(_message.Message):
     KEY_TYPES_FIELD_NUMBER: _builtins.int
     CUSTODY_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     serving: _builtins.bool
     detail: _builtins.str
@@ -931,6 +932,10 @@ class BackendHealth(_message.Message):
     workers: _builtins.int
     @_builtins.property
     def key_types(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.KeyType.ValueType]: ...
+    @_builtins.property
+    def canary(self) -> Global___CanaryHealth:
+        """absent: none was tried yet, or none are configured"""
+
     def __init__(
         self,
         *,
@@ -940,14 +945,47 @@ class BackendHealth(_message.Message):
         key_types: _abc.Iterable[_types_pb2.KeyType.ValueType] | None = ...,
         custody: _builtins.str = ...,
         workers: _builtins.int = ...,
+        canary: Global___CanaryHealth | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["custody", b"custody", "detail", b"detail", "key_types", b"key_types", "name", b"name", "serving", b"serving", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "custody", b"custody", "detail", b"detail", "key_types", b"key_types", "name", b"name", "serving", b"serving", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BackendHealth: _TypeAlias = BackendHealth  # noqa: Y015
+
+@_typing.final
+class CanaryHealth(_message.Message):
+    """The last canary signature of a backend: made and verified through the whole key server."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GOOD_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    TOOK_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    good: _builtins.bool
+    detail: _builtins.str
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def took(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        good: _builtins.bool = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        took: _duration_pb2.Duration | None = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "took", b"took"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "detail", b"detail", "good", b"good", "took", b"took"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CanaryHealth: _TypeAlias = CanaryHealth  # noqa: Y015
 
 @_typing.final
 class HealthResponse(_message.Message):

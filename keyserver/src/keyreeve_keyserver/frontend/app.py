@@ -16,16 +16,19 @@ import grpc
 from keyreeve_common.errors import ConfigInvalid, FailedPrecondition
 from keyreeve_common.files import make_private_directory, read_secret
 from keyreeve_common.grpc_edge import ANYONE, LOCAL, SERVER_PING_OPTIONS, EdgeInterceptor
+from keyreeve_common.prometheus_export import MetricsServer
 from keyreeve_common.telemetry import log, log_warning
 from keyreeve_common.v1 import keyserver_pb2_grpc
 
 from keyreeve_keyserver.catalog.catalog import Catalog
 from keyreeve_keyserver.config import KeyServerConfig
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
+from keyreeve_keyserver.frontend.canary import Canaries
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.grants import GrantsServicer
 from keyreeve_keyserver.frontend.health import HealthServicer
 from keyreeve_keyserver.frontend.key_admin import KeyAdminServicer
+from keyreeve_keyserver.frontend.metrics import FrontEndMetrics, SignerMetrics
 from keyreeve_keyserver.frontend.service_identity import ServiceIdentityServicer
 from keyreeve_keyserver.frontend.signer_link import SignerLink
 from keyreeve_keyserver.frontend.signing import SigningServicer
@@ -85,6 +88,8 @@ class FrontEnd:
         self._stopping = asyncio.Event()
         self._tls: grpc.aio.Server | None = None
         self._link = SignerLink(bytes_in_flight=config.limits.bytes_in_flight)
+        self._metrics = FrontEndMetrics()
+        self._metrics_server = MetricsServer([self._metrics.snapshot, SignerMetrics(self._link)])
         self._edge = EdgeInterceptor(lambda: config.trust_domain, allow_table(config), clock)
 
     def stop(self) -> None:
@@ -110,6 +115,10 @@ class FrontEnd:
             tasks.append(asyncio.create_task(access.follow(self._config.catalog.poll_interval)))
             tasks.append(asyncio.create_task(_as_coroutine(serve_signer(self._link))))
             self._servicers = servicers
+            if self._config.canary.interval:
+                canary = self._config.canary
+                tasks.append(asyncio.create_task(self._canaries.run_forever(canary.interval, canary.timeout)))
+            self._open_metrics()
             admin = await self._open_admin()
             self._identity.load()
             if self._identity.installed is not None:
@@ -127,6 +136,7 @@ class FrontEnd:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._link.close()
+            await asyncio.to_thread(self._metrics_server.close)
             await asyncio.to_thread(threads.close)
             os.close(lock)
         log("front_end_stopped")
@@ -134,12 +144,14 @@ class FrontEnd:
     def _build(self, threads: CatalogThreads) -> tuple[Servicers, Access]:
         config, clock = self._config, self._clock
         access = Access(threads, max_staleness=config.catalog.max_staleness)
-        engine = SigningEngine(self._link, threads, control_timeout=config.limits.control_timeout)
+        metrics = self._metrics
+        engine = SigningEngine(self._link, threads, control_timeout=config.limits.control_timeout, metrics=metrics)
         access.on_disabled = engine.forget
         engine.on_faulty = access.apply_key
         self._identity = TlsIdentity(
             config.state_dir, trust_domain=config.trust_domain, spiffe_id=config.spiffe_id, clock=clock
         )
+        metrics.watch(self._link, access, self._identity)
         servicers = Servicers(
             signing=SigningServicer(access, engine, config.limits, clock),
             key_admin=KeyAdminServicer(
@@ -155,7 +167,15 @@ class FrontEnd:
             identity=ServiceIdentityServicer(self._identity, self._open_tls),
             health=HealthServicer(link=self._link, access=access, identity=self._identity, clock=clock),
         )
+        self._canaries = Canaries(
+            self._link, engine, lambda new: servicers.key_admin.make_key(new, "canary"), metrics=metrics, clock=clock
+        )
+        servicers.health.canaries = self._canaries.states
         return servicers, access
+
+    def _open_metrics(self) -> None:
+        if address := self._config.telemetry.metrics_listen:
+            self._metrics_server.start(address)
 
     async def _open_admin(self) -> grpc.aio.Server:
         path = self._config.admin_socket

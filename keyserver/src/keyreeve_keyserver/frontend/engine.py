@@ -19,18 +19,22 @@ from keyreeve_keyserver.catalog.records import KeyEntry
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import CatalogThreads
+from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import OnResults, SignerLink
 
 
 class SigningEngine:
     """`signatures` counts by key since the process started."""
 
-    def __init__(self, link: SignerLink, threads: CatalogThreads, *, control_timeout: timedelta) -> None:
+    def __init__(
+        self, link: SignerLink, threads: CatalogThreads, *, control_timeout: timedelta, metrics: FrontEndMetrics
+    ) -> None:
         self._link = link
         self._threads = threads
         self._control_timeout_s = control_timeout.total_seconds()
         self._loading: dict[KeyId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.metrics = metrics
         self.signatures: Counter[str] = Counter()
         self.on_faulty: Callable[[KeyEntry], None] = lambda _: (
             None
@@ -39,6 +43,8 @@ class SigningEngine:
     def submit(self, caller: str, items: Sequence[SignItem], on_results: OnResults, *, timeout_s: float) -> None:
         """Every item's result reaches `on_results` exactly once; items have distinct ids."""
         by_id = {item.id: item for item in items}
+        began = monotonic()
+        self.metrics.submitted()
 
         def first_answer(results: Sequence[SignResult]) -> None:
             unloaded = [by_id[result.id] for result in results if type(result) is Refused and _is_unloaded(result)]
@@ -51,6 +57,7 @@ class SigningEngine:
 
         def final_answer(results: Sequence[SignResult]) -> None:
             self.signatures.update([by_id[result.id].key_id for result in results if type(result) is Signed])
+            self.metrics.finished(by_id, results, monotonic() - began)
             on_results(results)
 
         self._link.submit(caller, items, first_answer, timeout_s=timeout_s)

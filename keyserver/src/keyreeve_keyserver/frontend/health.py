@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timedelta
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +11,7 @@ from keyreeve_common.errors import KeyreeveError
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 
 from keyreeve_keyserver.frontend.access import Access
+from keyreeve_keyserver.frontend.canary import CanaryState
 from keyreeve_keyserver.frontend.protos import key_type_to_proto
 from keyreeve_keyserver.frontend.signer_link import SignerLink
 from keyreeve_keyserver.frontend.tls_identity import TlsIdentity
@@ -26,6 +27,7 @@ class HealthServicer(keyserver_pb2_grpc.HealthServicer):
         self._access = access
         self._identity = identity
         self._clock = clock
+        self.canaries: Mapping[str, CanaryState] = {}
 
     async def Check(self, request: keyserver_pb2.HealthRequest, context: Any) -> keyserver_pb2.HealthResponse:
         problems: list[str] = []
@@ -37,6 +39,7 @@ class HealthServicer(keyserver_pb2_grpc.HealthServicer):
             problems.append(error.detail)
         if backends and not any(backend.serving for backend in backends):
             problems.append("no backend serves; see the backends' details")
+        problems += [f"canary of {name}: {state.error}" for name, state in self.canaries.items() if state.error]
         problems += self._own_problems()
         response = keyserver_pb2.HealthResponse(
             serving=not problems,
@@ -64,6 +67,7 @@ class HealthServicer(keyserver_pb2_grpc.HealthServicer):
             name = str(backend.get("name", ""))
             facts = known.get(name, {})
             yield keyserver_pb2.BackendHealth(
+                canary=self._canary(name),
                 name=name,
                 serving=backend.get("state") == "up",
                 detail=str(backend.get("detail") or ""),
@@ -71,3 +75,12 @@ class HealthServicer(keyserver_pb2_grpc.HealthServicer):
                 custody=str(facts.get("custody", "")),
                 workers=int(backend.get("workers", 0)),
             )
+
+    def _canary(self, backend: str) -> keyserver_pb2.CanaryHealth | None:
+        state = self.canaries.get(backend)
+        if state is None:
+            return None
+        shown = keyserver_pb2.CanaryHealth(good=not state.error, detail=state.error)
+        shown.at.FromDatetime(state.at)
+        shown.took.FromTimedelta(timedelta(seconds=state.seconds))
+        return shown

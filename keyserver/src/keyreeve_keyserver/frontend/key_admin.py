@@ -26,7 +26,7 @@ from keyreeve_common.telemetry import log, log_warning
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 
 from keyreeve_keyserver.catalog.catalog import Catalog
-from keyreeve_keyserver.catalog.records import KeyEntry
+from keyreeve_keyserver.catalog.records import KeyEntry, NewKey
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
 from keyreeve_keyserver.frontend.engine import SigningEngine
@@ -62,13 +62,16 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         return self._threads.catalog
 
     async def CreateKey(self, request: keyserver_pb2.CreateKeyRequest, context: Any) -> keyserver_pb2.Key:
-        new = new_key_from_proto(request, self._trust_domain)
+        return self._shown(await self.make_key(new_key_from_proto(request, self._trust_domain), current_peer().name))
+
+    async def make_key(self, new: NewKey, caller: str) -> KeyEntry:
+        """The key that `new.request_id` stands for, made unless it was made before. Raises: what CreateKey raises."""
         self._link.capabilities  # noqa: B018 - no intent is recorded while there is no signer
         entry = await self._threads.run(self._catalog.begin_key, new, now=self._clock())
         if entry.state is None:
-            entry = await self._create_once(request.request_id, entry)
-            log("key_created", caller=current_peer().name, key_id=entry.key_id, backend=entry.backend)
-        return self._shown(entry)
+            entry = await self._create_once(new.request_id, entry)
+            log("key_created", caller=caller, key_id=entry.key_id, backend=entry.backend)
+        return entry
 
     async def GetKey(self, request: keyserver_pb2.GetKeyRequest, context: Any) -> keyserver_pb2.Key:
         return self._shown(await self._threads.run(self._catalog.key, parse_key_id(request.key_id)))

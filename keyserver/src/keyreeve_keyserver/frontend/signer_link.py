@@ -77,6 +77,10 @@ class SignerLink:
         self.ready = asyncio.Event()
 
     @property
+    def requests_in_flight(self) -> int:
+        return sum(len(batch.waiting) for batch in list(self._batches.values()))
+
+    @property
     def capabilities(self) -> dict[str, Any]:
         """What the signer said when it was connected. Raises: Unavailable."""
         if self._capabilities is None:

@@ -54,6 +54,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         self._rates = RateLimiter(limits.rates)
         self._bound_ms = int(limits.sign_timeout / timedelta(milliseconds=1))
         self._streams: set[_Stream] = set()
+        engine.metrics.streams = self._streams
         self._draining = False
 
     async def Sign(self, request: keyserver_pb2.SignRequest, context: Any) -> keyserver_pb2.SignResponse:
@@ -94,6 +95,13 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
 
     def judge(self, caller: str, number: int, request: _Request, deadline_ms: int, now: datetime) -> SignItem:
         """The signer's item for a request that this caller may make. Raises: the refusal."""
+        try:
+            return self._judged(caller, number, request, deadline_ms, now)
+        except KeyreeveError as error:
+            self.engine.metrics.refused(request.purpose, error.code.value)
+            raise
+
+    def _judged(self, caller: str, number: int, request: _Request, deadline_ms: int, now: datetime) -> SignItem:
         message = request.message
         if len(message) > MAX_MESSAGE_BYTES:
             raise MessageTooLarge(f"message has {len(message)} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
@@ -238,6 +246,8 @@ class _Stream:
 
     def _refuse_all(self, requests: Sequence[keyserver_pb2.SignItem], error: KeyreeveError) -> None:
         log_refusals(self._peer, [("", 0, error)])
+        for request in requests:
+            self._service.engine.metrics.refused(request.purpose, error.code.value)
         shown = error_to_proto(error)
         self._answer([keyserver_pb2.SignResult(id=request.id, error=shown) for request in requests], ends_batch=True)
 

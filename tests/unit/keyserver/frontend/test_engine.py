@@ -19,6 +19,7 @@ from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import CatalogThreads
 from keyreeve_keyserver.frontend.engine import SigningEngine
+from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import OnResults, SignerLink
 from sqlalchemy import URL
 
@@ -50,7 +51,9 @@ class Rig:
         self.threads = CatalogThreads(Catalog.open(url, busy_timeout=timedelta(seconds=1)))
         self.signer = PlayedSigner()
         link = cast("SignerLink", self.signer)
-        self.engine = SigningEngine(link, self.threads, control_timeout=timedelta(seconds=20))
+        self.engine = SigningEngine(
+            link, self.threads, control_timeout=timedelta(seconds=20), metrics=FrontEndMetrics()
+        )
         purposes = frozenset({Purpose.TLS13_SERVER_VERIFY})
         entry = self.threads.catalog.begin_key(
             NewKey("r", KeyType.EC_P256, KeyRole.HANDSHAKE, purposes, "", ""), now=NOW

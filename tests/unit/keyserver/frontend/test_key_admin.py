@@ -18,6 +18,7 @@ from keyreeve_keyserver.catalog.catalog import Catalog
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.key_admin import KeyAdminServicer
+from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import SignerLink
 from sqlalchemy import URL
 
@@ -55,7 +56,7 @@ class Rig:
             threads=self.threads,
             access=Access(self.threads, max_staleness=SECOND),
             link=link,
-            engine=SigningEngine(link, self.threads, control_timeout=SECOND),
+            engine=SigningEngine(link, self.threads, control_timeout=SECOND, metrics=FrontEndMetrics()),
             trust_domain=TrustDomain("example.org"),
             control_timeout=SECOND,
             clock=lambda: datetime(2026, 1, 1, tzinfo=UTC),

@@ -16,6 +16,7 @@ from keyreeve_keyserver.config import Limits
 from keyreeve_keyserver.frames import Signed, SignItem
 from keyreeve_keyserver.frontend.access import Access
 from keyreeve_keyserver.frontend.engine import SigningEngine
+from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import OnResults
 from keyreeve_keyserver.frontend.signing import SigningServicer
 from keyreeve_testing.keyserver import sign_item
@@ -39,6 +40,7 @@ class ScriptedEngine:
         self.waiting: list[tuple[Sequence[SignItem], OnResults]] = []
         self.submitted = asyncio.Event()
         self.count = 0
+        self.metrics = FrontEndMetrics()
 
     def submit(self, caller: str, items: Sequence[SignItem], on_results: OnResults, *, timeout_s: float) -> None:
         self.waiting.append((items, on_results))
