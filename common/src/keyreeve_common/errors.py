@@ -53,6 +53,7 @@ class ErrorCode(StrEnum):
     KEY_SELF_TEST_FAILED = "key_self_test_failed"
     APPROVAL_REQUIRED = "approval_required"
     APPROVAL_INVALID = "approval_invalid"
+    AUDIT_UNAVAILABLE = "audit_unavailable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ RENDERINGS: dict[ErrorCode, Rendering] = {
     ErrorCode.KEY_SELF_TEST_FAILED: Rendering(40, "FAILED_PRECONDITION", 500),
     ErrorCode.APPROVAL_REQUIRED: Rendering(41, "PERMISSION_DENIED", 403),
     ErrorCode.APPROVAL_INVALID: Rendering(42, "PERMISSION_DENIED", 403),
+    ErrorCode.AUDIT_UNAVAILABLE: Rendering(45, "UNAVAILABLE", 503),
 }
 CODE_BY_WIRE: dict[int, ErrorCode] = {rendering.wire: code for code, rendering in RENDERINGS.items()}
 
@@ -257,6 +259,12 @@ class StorageFull(Unavailable):
 
 class StorageBusy(Unavailable):
     default_code = ErrorCode.STORAGE_BUSY
+
+
+class AuditUnavailable(Unavailable):
+    """What was done could not be recorded, so its result is kept back."""
+
+    default_code = ErrorCode.AUDIT_UNAVAILABLE
 
 
 class MalformedFrame(InvalidRequest):

@@ -12,27 +12,27 @@ from typing import Final
 from keyreeve_common.errors import InvalidRequest
 
 TRACE_BYTES: Final = 25
-_ID_BYTES = 16
-_NO_ID = bytes(_ID_BYTES)
+REQUEST_ID_BYTES: Final = 16
+_NO_ID = bytes(REQUEST_ID_BYTES)
 
 
 def make_trace() -> bytes:
     """The context of a new request that nobody traces."""
-    return secrets.token_bytes(_ID_BYTES) + bytes(TRACE_BYTES - _ID_BYTES)
+    return secrets.token_bytes(REQUEST_ID_BYTES) + bytes(TRACE_BYTES - REQUEST_ID_BYTES)
 
 
 def checked_trace(given: bytes) -> bytes:
     """`given`, or a new context where none was given. Raises: InvalidRequest."""
     if not given:
         return make_trace()
-    if len(given) != TRACE_BYTES or given[:_ID_BYTES] == _NO_ID:
+    if len(given) != TRACE_BYTES or given[:REQUEST_ID_BYTES] == _NO_ID:
         raise InvalidRequest(f"trace: {TRACE_BYTES} bytes with a trace id that is not zero are expected")
     return given
 
 
 def request_id_of(trace: bytes) -> str:
     """32 hexadecimal digits."""
-    return trace[:_ID_BYTES].hex()
+    return trace[:REQUEST_ID_BYTES].hex()
 
 
 def is_sampled(trace: bytes) -> bool:
@@ -42,9 +42,9 @@ def is_sampled(trace: bytes) -> bool:
 
 def pack_trace(trace_id: int, span_id: int) -> bytes:
     """The context of a sampled span."""
-    return trace_id.to_bytes(_ID_BYTES, "big") + span_id.to_bytes(8, "big") + b"\x01"
+    return trace_id.to_bytes(REQUEST_ID_BYTES, "big") + span_id.to_bytes(8, "big") + b"\x01"
 
 
 def unpack_trace(trace: bytes) -> tuple[int, int]:
     """Trace id and span id as numbers."""
-    return int.from_bytes(trace[:_ID_BYTES], "big"), int.from_bytes(trace[_ID_BYTES:-1], "big")
+    return int.from_bytes(trace[:REQUEST_ID_BYTES], "big"), int.from_bytes(trace[REQUEST_ID_BYTES:-1], "big")

@@ -6,6 +6,7 @@ import base64
 import binascii
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,7 +21,10 @@ from keyreeve_common.key_id import KeyId, parse_key_id
 from keyreeve_common.purposes import KeyRole
 from keyreeve_common.schemes import KeyType
 from keyreeve_common.telemetry import log
+from keyreeve_common.transparency.records import AuditRecord, Event, microseconds
 
+from keyreeve_keyserver.audit.events import front_end_records, key_record
+from keyreeve_keyserver.audit.ports import AuditLog, NullAuditLog
 from keyreeve_keyserver.backends.ports import Backend, CreatedKey
 from keyreeve_keyserver.domain.keys import (
     KeyRecord,
@@ -48,12 +52,14 @@ class ControlService:
         *,
         default_backend: str,
         now: Callable[[], datetime],
+        audit: AuditLog | None = None,
     ) -> None:
         self._backends = backends
         self._keys = keys
         self._sealer = sealer
         self._default = default_backend
         self._now = now
+        self._audit = audit or NullAuditLog()
         self._operations: dict[str, Callable[[JsonObject], Awaitable[JsonObject]]] = {
             "capabilities": self._capabilities,
             "health": self._health,
@@ -61,6 +67,7 @@ class ControlService:
             "load_key": self._load_key,
             "forget_key": self._forget_key,
             "destroy_key": self._destroy_key,
+            "record": self._record,
         }
 
     async def run(self, control: Control) -> JsonObject:
@@ -75,6 +82,7 @@ class ControlService:
         return {
             "backends": [_describe(backend) for backend in self._backends.values()],
             "default_backend": self._default,
+            "audit": self._audit.enabled,
         }
 
     async def _health(self, arguments: JsonObject) -> JsonObject:
@@ -92,6 +100,7 @@ class ControlService:
                 for name, health in states
             ],
             "keys_loaded": len(self._keys),
+            "audit": asdict(self._audit.status()),
         }
 
     async def _create_key(self, arguments: JsonObject) -> JsonObject:
@@ -123,6 +132,7 @@ class ControlService:
             authority_profile=profile,
         )
         sealed = await self._seal_or_destroy(record, created, backend)
+        await self._record_or_destroy(record, backend)
         log("key_created", key_id=key_id, key_type=key_type.value, role=role.value, backend=backend.name)
         return {
             "record": base64.b64encode(sealed).decode("ascii"),
@@ -134,6 +144,15 @@ class ControlService:
         """A key that no record names would stay in its token for ever."""
         try:
             return await self._sealer.seal(record, created.secret)
+        except KeyreeveError:
+            with suppress(KeyreeveError):
+                await backend.destroy(record)
+            raise
+
+    async def _record_or_destroy(self, record: KeyRecord, backend: Backend) -> None:
+        """A key that is not on record is not given out."""
+        try:
+            await self._audit.append([self._key_record(Event.KEY_CREATED, record)])
         except KeyreeveError:
             with suppress(KeyreeveError):
                 await backend.destroy(record)
@@ -158,9 +177,21 @@ class ControlService:
         record, _ = await self._open(arguments)
         backend = self._backend(record.backend)
         self._forget(record.key_id)
+        await self._audit.append([self._key_record(Event.KEY_DESTROY_REQUESTED, record)])
         await backend.destroy(record)
+        await self._audit.append([self._key_record(Event.KEY_DESTROYED, record)])
         log("key_destroyed", key_id=record.key_id, backend=record.backend)
         return {}
+
+    async def _record(self, arguments: JsonObject) -> JsonObject:
+        """Records what the front end saw or decided, marked as its word."""
+        _members(arguments, required=frozenset({"events"}))
+        records = front_end_records(arguments["events"], time_us=microseconds(self._now()))
+        await self._audit.append(records)
+        return {"recorded": len(records) if self._audit.enabled else 0}
+
+    def _key_record(self, event: Event, record: KeyRecord) -> AuditRecord:
+        return key_record(event, record, time_us=microseconds(self._now()))
 
     def _forget(self, key_id: KeyId) -> None:
         record = self._keys.remove(key_id)

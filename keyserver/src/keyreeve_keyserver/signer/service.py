@@ -1,6 +1,7 @@
 """What the signer does: judges each item of a batch by the sealed record of its key, hands what passes to the backends, answers in few frames.
 
-Judging is pure; the clock and the table of loaded keys come in. A refused item never touches its neighbours.
+Judging is pure; the clock and the table of loaded keys come in. A refused item never touches its neighbours. No result leaves before the audit
+log has its record.
 """
 
 from __future__ import annotations
@@ -11,10 +12,20 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-from keyreeve_common.errors import DeadlineExceeded, Internal, KeyNotFound, KeyreeveError, TokenUnavailable
+from keyreeve_common.errors import (
+    AuditUnavailable,
+    DeadlineExceeded,
+    Internal,
+    KeyNotFound,
+    KeyreeveError,
+    TokenUnavailable,
+)
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.telemetry import log_exception, log_warning
+from keyreeve_common.transparency.records import microseconds
 
+from keyreeve_keyserver.audit.events import sign_records
+from keyreeve_keyserver.audit.ports import AuditLog, NullAuditLog
 from keyreeve_keyserver.backends.ports import Backend, SignRequest
 from keyreeve_keyserver.domain.keys import KeyRecord
 from keyreeve_keyserver.domain.purposes import check_length, check_request
@@ -69,12 +80,19 @@ class SigningService:
     """`now` gives aware UTC, for the validity of certificates; deadlines run on the monotonic clock."""
 
     def __init__(
-        self, backends: dict[str, Backend], keys: KeyTable, *, now: Callable[[], datetime], max_message: int
+        self,
+        backends: dict[str, Backend],
+        keys: KeyTable,
+        *,
+        now: Callable[[], datetime],
+        max_message: int,
+        audit: AuditLog | None = None,
     ) -> None:
         self._backends = backends
         self._keys = keys
         self._now = now
         self._max_message = max_message
+        self._audit = audit or NullAuditLog()
 
     async def sign(self, batch: SignBatch) -> AsyncIterator[SignResults]:
         """The results of a batch: the refusals first, then one frame for each lane as it is done."""
@@ -88,9 +106,21 @@ class SigningService:
                 self._judge(item, received, refused, lanes)
         if refused:
             self._log_refusals(batch, refused)
-            yield SignResults(batch.batch_id, tuple(refused))
+            yield await self._recorded(batch, refused)
         for done in asyncio.as_completed([self._sign_lane(name, lane) for (name, _), lane in lanes.items()]):
-            yield SignResults(batch.batch_id, tuple(await done))
+            yield await self._recorded(batch, await done)
+
+    async def _recorded(self, batch: SignBatch, results: list[SignResult]) -> SignResults:
+        """The frame with these results once they are in the audit log; where they cannot be, none leaves and every item is refused."""
+        if self._audit.enabled:
+            loaded = [record for item in batch.items if (record := self._keys.get(item.key_id)) is not None]
+            roles = {record.key_id: record.role for record in loaded}
+            records = sign_records(batch, results, roles, time_us=microseconds(self._now()))
+            try:
+                await self._audit.append(records)
+            except AuditUnavailable as error:
+                results = [Refused(result.id, error) for result in results]
+        return SignResults(batch.batch_id, tuple(results))
 
     def _judge(
         self, item: SignItem, received: float, refused: list[SignResult], lanes: dict[_Lane, list[JudgedItem]]

@@ -1,0 +1,46 @@
+"""What the signer needs of an audit log, and the log of a signer that has none configured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from keyreeve_common.transparency.records import AuditRecord
+
+
+@dataclass(frozen=True, slots=True)
+class AuditStatus:
+    """`state` is `off`, `ok` or `unavailable`; `detail` says why. `recorded` counts all records, `checkpointed` those a checkpoint covers."""
+
+    state: str
+    detail: str = ""
+    recorded: int = 0
+    checkpointed: int = 0
+
+
+class AuditLog(Protocol):
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is recorded at all."""
+
+    async def append(self, records: Sequence[AuditRecord]) -> None:
+        """Returns when the records are in the log, all of them, as safe as its fsync policy says. None of them is when this raises.
+
+        Raises: AuditUnavailable.
+        """
+
+    def status(self) -> AuditStatus:
+        """For `health`; waits for nothing."""
+
+
+class NullAuditLog:
+    """Records nothing: a signer whose configuration has no `[audit]`."""
+
+    enabled = False
+
+    async def append(self, records: Sequence[AuditRecord]) -> None:
+        return
+
+    def status(self) -> AuditStatus:
+        return AuditStatus("off", "the configuration has no [audit]: nothing is recorded")
