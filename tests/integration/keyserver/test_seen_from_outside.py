@@ -89,6 +89,10 @@ def test_requests_are_counted_once_by_purpose_and_outcome(watched: Watched) -> N
     assert signed not in after, "nothing was signed for that purpose"
     assert after[("keyreeve_keyserver_request_seconds_count", frozenset({"ecdsa_secp256r1_sha256"}))] >= 3
     assert after[("keyreeve_keyserver_signer_connected", frozenset())] == 1
+    assert after[("keyreeve_signer_signatures_total", frozenset({"software", "ecdsa_secp256r1_sha256"}))] >= 3
+    assert after[("keyreeve_signer_refusals_total", frozenset({"purpose_mismatch"}))] >= 1
+    assert after[("keyreeve_signer_backend_up", frozenset({"software"}))] == 1
+    assert after[("keyreeve_signer_keys_loaded", frozenset())] >= 1
     assert after[("keyreeve_keyserver_catalog_staleness_seconds", frozenset())] >= 0
 
 

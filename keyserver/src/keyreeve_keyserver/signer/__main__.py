@@ -27,6 +27,7 @@ from keyreeve_keyserver.backends.ports import Backend
 from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.signer.config import BackendConfig, BackendKind, SignerConfig
 from keyreeve_keyserver.signer.controls import ControlService
+from keyreeve_keyserver.signer.metrics import SignerMetrics
 from keyreeve_keyserver.signer.sealing import (
     KeyEncryptionKey,
     PassphraseKey,
@@ -86,9 +87,11 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace) -> None:
     backends = {backend.name: _backend(backend) for backend in config.backend}
     keys, now = KeyTable(), _now
     sealer = Sealer(_key_encryption_key(config, backends))
+    metrics = SignerMetrics()
+    metrics.watch(backends, keys)
     server = Server(
-        SigningService(backends, keys, now=now, max_message=config.max_message_bytes),
-        ControlService(backends, keys, sealer, default_backend=config.default_name, now=now),
+        SigningService(backends, keys, now=now, max_message=config.max_message_bytes, metrics=metrics),
+        ControlService(backends, keys, sealer, default_backend=config.default_name, now=now, metrics=metrics),
         allowed_uids=frozenset(config.listen.allowed_uids),
     )
     try:

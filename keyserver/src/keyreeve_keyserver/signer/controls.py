@@ -18,6 +18,7 @@ from keyreeve_common.errors import (
     TokenUnavailable,
 )
 from keyreeve_common.key_id import KeyId, parse_key_id
+from keyreeve_common.metrics import samples_to_json
 from keyreeve_common.purposes import KeyRole
 from keyreeve_common.schemes import KeyType
 from keyreeve_common.telemetry import log
@@ -35,6 +36,7 @@ from keyreeve_keyserver.domain.keys import (
 )
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import Control, JsonObject
+from keyreeve_keyserver.signer.metrics import SignerMetrics
 from keyreeve_keyserver.signer.sealing import Sealer
 from keyreeve_keyserver.signer.self_test import load_tested
 from keyreeve_keyserver.signer.service import KeyTable
@@ -53,7 +55,9 @@ class ControlService:
         default_backend: str,
         now: Callable[[], datetime],
         audit: AuditLog | None = None,
+        metrics: SignerMetrics | None = None,
     ) -> None:
+        self._metrics = metrics or SignerMetrics()
         self._backends = backends
         self._keys = keys
         self._sealer = sealer
@@ -63,6 +67,7 @@ class ControlService:
         self._operations: dict[str, Callable[[JsonObject], Awaitable[JsonObject]]] = {
             "capabilities": self._capabilities,
             "health": self._health,
+            "metrics": self._show_metrics,
             "create_key": self._create_key,
             "load_key": self._load_key,
             "forget_key": self._forget_key,
@@ -102,6 +107,10 @@ class ControlService:
             "keys_loaded": len(self._keys),
             "audit": asdict(self._audit.status()),
         }
+
+    async def _show_metrics(self, arguments: JsonObject) -> JsonObject:
+        _members(arguments)
+        return {"samples": samples_to_json(self._metrics.snapshot())}
 
     async def _create_key(self, arguments: JsonObject) -> JsonObject:
         """The key is made, sealed and handed out; it is not loaded."""

@@ -30,6 +30,7 @@ from keyreeve_keyserver.backends.ports import Backend, SignRequest
 from keyreeve_keyserver.domain.keys import KeyRecord
 from keyreeve_keyserver.domain.purposes import check_length, check_request
 from keyreeve_keyserver.frames import Refused, SignBatch, Signed, SignItem, SignResult, SignResults
+from keyreeve_keyserver.signer.metrics import SignerMetrics
 
 _JUDGED_AT_ONCE = 16
 _Lane = tuple[str, int]
@@ -87,12 +88,14 @@ class SigningService:
         now: Callable[[], datetime],
         max_message: int,
         audit: AuditLog | None = None,
+        metrics: SignerMetrics | None = None,
     ) -> None:
         self._backends = backends
         self._keys = keys
         self._now = now
         self._max_message = max_message
         self._audit = audit or NullAuditLog()
+        self._metrics = metrics or SignerMetrics()
 
     async def sign(self, batch: SignBatch) -> AsyncIterator[SignResults]:
         """The results of a batch: the refusals first, then one frame for each lane as it is done."""
@@ -105,6 +108,9 @@ class SigningService:
             for item in batch.items[at : at + _JUDGED_AT_ONCE]:
                 self._judge(item, received, refused, lanes)
         if refused:
+            for result in refused:
+                if isinstance(result, Refused):
+                    self._metrics.refused(result.error)
             self._log_refusals(batch, refused)
             yield await self._recorded(batch, refused)
         for done in asyncio.as_completed([self._sign_lane(name, lane) for (name, _), lane in lanes.items()]):
@@ -143,11 +149,13 @@ class SigningService:
         if backend is None:
             error = TokenUnavailable(f"this signer has no backend {backend_name}")
             return [Refused(judged.id, error) for judged in lane]
+        requests, began = [judged.request for judged in lane], time.monotonic()
         try:
-            outcomes = await backend.sign([judged.request for judged in lane])
+            outcomes = await backend.sign(requests)
         except Exception:
             log_exception("backend_failed", backend=backend_name)
             return [Refused(judged.id, Internal("the backend failed")) for judged in lane]
+        self._metrics.lane_done(backend_name, requests, outcomes, time.monotonic() - began)
         return [
             Refused(judged.id, outcome) if isinstance(outcome, KeyreeveError) else Signed(judged.id, outcome)
             for judged, outcome in zip(lane, outcomes, strict=True)

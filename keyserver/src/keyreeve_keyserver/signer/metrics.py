@@ -1,0 +1,44 @@
+"""What the signer counts. It has no network: the front end asks for these numbers by the control operation `metrics` and shows them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence, Sized
+
+from keyreeve_common.errors import KeyreeveError
+from keyreeve_common.metrics import MetricSet
+
+from keyreeve_keyserver.backends.ports import Backend, BackendHealth, BackendState, SignOutcome, SignRequest
+
+
+class SignerMetrics(MetricSet):
+    def lane_done(
+        self, backend: str, requests: Sequence[SignRequest], outcomes: Sequence[SignOutcome], seconds: float
+    ) -> None:
+        """One lane of a batch came back from its backend after `seconds`."""
+        self.observe("keyreeve_signer_backend_seconds", backend, seconds=seconds)
+        signed: Counter[str] = Counter()
+        for request, outcome in zip(requests, outcomes, strict=True):
+            if isinstance(outcome, KeyreeveError):
+                self.refused(outcome)
+            else:
+                signed[request.scheme.iana_name] += 1
+        for scheme, times in signed.items():
+            self.count("keyreeve_signer_signatures_total", backend, scheme, by=times)
+
+    def refused(self, error: KeyreeveError) -> None:
+        self.count("keyreeve_signer_refusals_total", error.code.value)
+
+    def watch(self, backends: Mapping[str, Backend], keys: Sized) -> None:
+        """The gauges of these parts, read at each look."""
+
+        def health() -> list[tuple[str, BackendHealth]]:
+            return [(name, backend.health()) for name, backend in backends.items()]
+
+        self.gauge("keyreeve_signer_keys_loaded", lambda: len(keys))
+        self.gauges(
+            "keyreeve_signer_backend_up",
+            lambda: [((name,), float(found.state is BackendState.UP)) for name, found in health()],
+        )
+        self.gauges("keyreeve_signer_backend_workers", lambda: [((name,), found.workers) for name, found in health()])
+        self.gauges("keyreeve_signer_backend_waiting", lambda: [((name,), found.waiting) for name, found in health()])
