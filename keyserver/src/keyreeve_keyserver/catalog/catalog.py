@@ -23,6 +23,7 @@ from sqlalchemy import URL, Connection, Engine, Table, delete, insert, inspect, 
 from keyreeve_keyserver.catalog.database import WRITE, open_engine, storage_errors
 from keyreeve_keyserver.catalog.grants import GrantRows
 from keyreeve_keyserver.catalog.key_life import IS_PENDING, KeyLifeRows
+from keyreeve_keyserver.catalog.listen import CHANNEL
 from keyreeve_keyserver.catalog.records import (
     Changes,
     KeyEntry,
@@ -59,6 +60,11 @@ class Catalog(GrantRows, KeyLifeRows):
             raise
         return catalog
 
+    @property
+    def url(self) -> URL:
+        """With the password, which its repr hides."""
+        return self._engine.url
+
     def close(self) -> None:
         self._engine.dispose()
 
@@ -88,7 +94,10 @@ class Catalog(GrantRows, KeyLifeRows):
         """A transaction that holds the change counter's row until it commits, and the counter's new value."""
         with storage_errors(), self._engine.connect().execution_options(**WRITE) as connection, connection.begin():
             bumped = update(changes).where(changes.c.id == 1).values(counter=changes.c.counter + 1)
-            yield connection, int(connection.execute(bumped.returning(changes.c.counter)).scalar_one())
+            seq = int(connection.execute(bumped.returning(changes.c.counter)).scalar_one())
+            if self._engine.dialect.name == "postgresql":
+                connection.execute(text(f"NOTIFY {CHANNEL}"))  # sent when the transaction commits
+            yield connection, seq
 
     # Keys
 

@@ -28,6 +28,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 RETRY_AFTER = timedelta(milliseconds=250)
 WRITE = {"keyreeve_write": True}
 _MILLISECOND = timedelta(milliseconds=1)
+# A PostgreSQL host that is gone without a word is found out in about ten seconds, not in the kernel's hours. Spec: libpq-connect
+TCP_BOUNDS = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000}
 
 _BUSY = (StorageBusy, "the catalog's database is locked by another process; nothing was changed")
 _FULL = (StorageFull, "no space left for the catalog's database; free some, nothing was changed")
@@ -83,7 +85,11 @@ def open_engine(url: URL, *, busy_timeout: timedelta) -> Engine:
         pool_timeout=busy_timeout.total_seconds(),
         pool_pre_ping=True,
         hide_parameters=True,
-        connect_args={"options": options, "connect_timeout": max(2, round(busy_timeout.total_seconds()))},
+        connect_args={
+            "options": options,
+            "connect_timeout": max(2, round(busy_timeout.total_seconds())),
+            **TCP_BOUNDS,
+        },
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
 from time import monotonic
@@ -54,6 +55,10 @@ class Access:
         self._grants: dict[str, dict[str, tuple[Grant, int]]] = {}
         self._seq = 0
         self._read_at = 0.0
+        self._woken = asyncio.Event()
+        self.generation = (
+            0  # changes whenever something that was known changes: what was judged before it is judged anew
+        )
         self.on_disabled: Callable[[KeyId], None] = lambda _: None
 
     def authorize(self, holder: str, key_id: str, purpose: int, now: datetime) -> Grant | None:
@@ -68,10 +73,14 @@ class Access:
 
     def require_fresh(self) -> None:
         """Raises: Unavailable."""
-        if self.staleness_s > self._max_staleness_s:
+        if not self.is_fresh:
             raise Unavailable(
                 f"the catalog was not read for {self.staleness_s:.0f} s, so revocations may be missed; check the database"
             )
+
+    @property
+    def is_fresh(self) -> bool:
+        return self.staleness_s <= self._max_staleness_s
 
     @property
     def staleness_s(self) -> float:
@@ -85,6 +94,7 @@ class Access:
         known = of_holder.get(entry.grant.key_id)
         if known is None or known[1] <= entry.seq:
             of_holder[entry.grant.key_id] = (entry.grant, entry.seq)
+            self.generation += known is not None and known[0] != entry.grant
 
     async def refresh(self) -> None:
         """Reads what changed. Raises: the catalog's errors."""
@@ -93,16 +103,17 @@ class Access:
         if changes is not None and changes.seq < self._seq:
             log_warning("catalog_went_back", detail="the database was restored from a backup; all of it is read anew")
             self._keys, self._grants, self._seq = {}, {}, 0
+            self.generation += 1
             changes = await self._threads.run(self._threads.catalog.changes_since, -1)
         if changes is not None:
             self._apply(changes)
         self._read_at = began
 
     async def follow(self, interval: timedelta) -> None:
-        """Refreshes for ever; an outage is logged when it begins and when it ends."""
+        """Refreshes for ever, each `interval` and whenever it is woken; an outage is logged when it begins and when it ends."""
         failing = False
         while True:
-            await asyncio.sleep(interval.total_seconds())
+            await self._pause(interval.total_seconds())
             try:
                 await self.refresh()
             except KeyreeveError as error:
@@ -119,6 +130,16 @@ class Access:
                 log("catalog_readable_again")
             failing = False
 
+    def wake(self) -> None:
+        """Has `follow` look at once: somebody wrote."""
+        self._woken.set()
+
+    async def _pause(self, interval_s: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(interval_s):
+                await self._woken.wait()
+        self._woken.clear()
+
     def _apply(self, changes: Changes) -> None:
         for facts, seq in changes.keys:
             self._put_key(facts, seq)
@@ -131,5 +152,6 @@ class Access:
         if known is not None and known[1] > seq:
             return
         self._keys[facts.key_id] = (facts, seq)
+        self.generation += known is not None and known[0] != facts
         if known is not None and known[0].state is KeyState.ENABLED and facts.state is not KeyState.ENABLED:
             self.on_disabled(facts.key_id)

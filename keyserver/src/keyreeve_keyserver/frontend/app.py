@@ -21,6 +21,7 @@ from keyreeve_common.telemetry import log, log_warning
 from keyreeve_common.v1 import keyserver_pb2_grpc
 
 from keyreeve_keyserver.catalog.catalog import Catalog
+from keyreeve_keyserver.catalog.listen import ChangeListener
 from keyreeve_keyserver.config import KeyServerConfig
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
 from keyreeve_keyserver.frontend.canary import Canaries
@@ -113,6 +114,8 @@ class FrontEnd:
             servicers, access = self._build(threads)
             await access.refresh()
             tasks.append(asyncio.create_task(access.follow(self._config.catalog.poll_interval)))
+            if catalog.url.get_backend_name() == "postgresql":
+                tasks.append(asyncio.create_task(ChangeListener(catalog.url, access.wake).run()))
             tasks.append(asyncio.create_task(_as_coroutine(serve_signer(self._link))))
             self._servicers = servicers
             if self._config.canary.interval:

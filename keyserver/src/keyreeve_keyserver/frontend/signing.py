@@ -32,6 +32,7 @@ from keyreeve_keyserver.frames import MAX_ITEMS, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import Access
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.rates import RateLimiter
+from keyreeve_keyserver.frontend.release import ReleaseGate
 
 _MAX_SCHEME = 0xFFFF
 _MAX_REFUSAL_LINES = 16
@@ -51,6 +52,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         self.engine = engine
         self.limits = limits
         self.clock = clock
+        self.gate = ReleaseGate(access, clock)
         self._rates = RateLimiter(limits.rates)
         self._bound_ms = int(limits.sign_timeout / timedelta(milliseconds=1))
         self._streams: set[_Stream] = set()
@@ -132,7 +134,8 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
                 answer.set_result(results[0])
 
         log_local(peer, [item])
-        self.engine.submit(peer.name, [item], settle, timeout_s=item.deadline_ms / 1000)
+        on_results = self.gate.guard(peer.name, [item], settle)
+        self.engine.submit(peer.name, [item], on_results, timeout_s=item.deadline_ms / 1000)
         result = await answer
         if isinstance(result, Signed):
             return result.signature
@@ -238,7 +241,8 @@ class _Stream:
             return
         log_local(peer, accepted)
         self._outstanding.update([item.id for item in accepted])
-        service.engine.submit(caller, accepted, self._collector(accepted), timeout_s=longest / 1000)
+        on_results = service.gate.guard(caller, accepted, self._collector(accepted))
+        service.engine.submit(caller, accepted, on_results, timeout_s=longest / 1000)
 
     def _check_ids(self, ids: list[int]) -> None:
         if len(set(ids)) != len(ids) or not self._outstanding.isdisjoint(ids):

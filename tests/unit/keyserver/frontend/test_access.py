@@ -148,3 +148,32 @@ async def test_a_row_that_cannot_be_read_does_not_end_the_following(
 def test_entries_are_values() -> None:
     entry = GrantEntry(grant(KeyId("k-1")), 3)
     assert entry == GrantEntry(grant(KeyId("k-1")), 3)
+
+
+async def test_who_is_woken_looks_at_once(threads: CatalogThreads) -> None:
+    access = Access(threads, max_staleness=timedelta(seconds=60))
+    await access.refresh()
+    following = asyncio.create_task(access.follow(timedelta(hours=1)))
+    key = make_key(threads.catalog)
+    threads.catalog.put_grant(grant(key.key_id))
+    access.wake()
+    async with asyncio.timeout(10):
+        while not allowed(access, key.key_id):
+            await asyncio.sleep(0.001)
+    following.cancel()
+
+
+async def test_generation_changes_with_what_was_known(threads: CatalogThreads) -> None:
+    access = Access(threads, max_staleness=timedelta(seconds=60))
+    key = make_key(threads.catalog)
+    made = threads.catalog.put_grant(grant(key.key_id))
+    access.apply_key(key)
+    access.apply_grant(made)
+    access.apply_grant(made)
+    assert access.generation == 0
+    access.apply_grant(threads.catalog.revoke_grant(key.key_id, HOLDER, now=NOW))
+    assert access.generation == 1
+    disabled = threads.catalog.change_state(key.key_id, to=KeyState.DISABLED, from_states=(KeyState.ENABLED,))
+    assert disabled is not None
+    access.apply_key(disabled)
+    assert access.generation == 2

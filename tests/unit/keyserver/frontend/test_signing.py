@@ -26,6 +26,9 @@ KEY_ID = "k-" + "a" * 26
 
 
 class OpenAccess:
+    generation = 0
+    is_fresh = True
+
     def require_fresh(self) -> None:
         return
 
