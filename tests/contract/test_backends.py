@@ -470,10 +470,11 @@ async def test_full_disk_is_storage_full(tmp_path: Path) -> None:
 _LOSE_SESSION = """
 import sys
 from keyreeve_common.schemes import KeyType, SignatureScheme
+from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.backends.worker_frames import TokenSignItem
 from keyreeve_keyserver.backends.pkcs11_token import Token, TokenSettings
 import time
-token = Token(TokenSettings(*sys.argv[1:]))
+token = Token(TokenSettings(*sys.argv[1:4]), Secret(sys.argv[4].encode()))
 token.create("k", "label", KeyType.EC_P256)
 item = TokenSignItem("k", SignatureScheme.ECDSA_SECP256R1_SHA256, 10_000, b"message")
 token.sign(item, received=time.monotonic())
@@ -493,7 +494,7 @@ except Exception as error:
 @softhsm
 @needs_softhsm
 def test_lost_session_is_opened_again_and_the_key_found_again(token: SoftHsmToken) -> None:
-    arguments = [str(token.module), f"pkcs11:token={token.label}", str(token.pin_file), str(token.conf)]
+    arguments = [str(token.module), f"pkcs11:token={token.label}", str(token.conf), token.pin]
     ended = subprocess.run(
         [sys.executable, "-c", _LOSE_SESSION, *arguments], capture_output=True, text=True, check=False
     )
@@ -502,8 +503,9 @@ def test_lost_session_is_opened_again_and_the_key_found_again(token: SoftHsmToke
 
 _LOSE_SESSION_AND_PIN = """
 import sys, time
-from pathlib import Path
 from keyreeve_common.schemes import KeyType, SignatureScheme
+from keyreeve_keyserver.backends.launch import WorkerStart
+from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.backends.worker_frames import Open, TokenSign, TokenSignItem
 from keyreeve_keyserver.backends.pkcs11_token import Token
 from keyreeve_keyserver.backends.pkcs11_worker import Worker
@@ -515,11 +517,12 @@ class Counted:
         self.tries += 1
         return self.token.open(**arguments)
 
-worker = Worker()
-worker.answer(Open(dict(zip(("module", "token", "pin_file", "softhsm_conf"), sys.argv[1:]))))
+settings = dict(zip(("module", "token", "softhsm_conf"), sys.argv[1:]))
+worker = Worker(WorkerStart(settings, {"pin_file": Secret(sys.argv[4].encode())}))
+worker.answer(Open())
 token = worker._token
 token.create("k", "label", KeyType.EC_P256)
-Path(sys.argv[3]).write_text("00000000")
+token._pin = Secret(b"00000000")
 token._token = counted = Counted(token._token)
 token._session.close()
 item = TokenSignItem("k", SignatureScheme.ECDSA_SECP256R1_SHA256, 10_000, b"message")
@@ -532,7 +535,7 @@ print(sorted({outcome.code.value for outcome in answer.outcomes}), counted.tries
 @softhsm
 @needs_softhsm
 def test_wrong_pin_is_tried_once_when_the_session_is_lost(token: SoftHsmToken) -> None:
-    arguments = [str(token.module), f"pkcs11:token={token.label}", str(token.pin_file), str(token.conf)]
+    arguments = [str(token.module), f"pkcs11:token={token.label}", str(token.conf), token.pin]
     ended = subprocess.run(
         [sys.executable, "-c", _LOSE_SESSION_AND_PIN, *arguments], capture_output=True, text=True, check=False
     )

@@ -31,6 +31,7 @@ from keyreeve_common.purposes import Purpose, build_tls13_content
 from keyreeve_common.schemes import DEFAULT_SCHEMES, HASHES, KeyType, SignatureScheme
 from keyreeve_common.verification import rsa_padding
 from keyreeve_keyserver import frames
+from keyreeve_testing.processes import descendants_of
 from keyreeve_testing.signer import SignerClient, connect_signer, running_signer, signer_command, write_signer_config
 from keyreeve_testing.softhsm import SoftHsmToken, make_softhsm_token, softhsm_is_installed
 
@@ -428,14 +429,9 @@ class TestToken:
             with pytest.raises(Conflict):
                 create(signer, "k", backend="hsm")
             assert signer.process is not None
-            pids = [signer.process.pid, *children_of(signer.process.pid)]
-            assert len(pids) == 3
+            pids = [signer.process.pid, *descendants_of(signer.process.pid)]
+            assert len(pids) == 4  # the signer, its launcher, two workers
             told = b"".join(Path(f"/proc/{pid}/{name}").read_bytes() for pid in pids for name in ("cmdline", "environ"))
         for secret in (token.pin.encode(), b"a passphrase that is long enough"):
             assert secret not in log.read_bytes()
             assert secret not in told
-
-
-def children_of(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task")
-    return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]

@@ -33,7 +33,7 @@ SEEDS: dict[str, dict[str, bytes]] = {
         "stream": frames.Control(1, "health").to_bytes() * 2,
     },
     "worker_frames": {
-        "open": worker.Open({"module": "/m.so", "pin_file": "/pin"}).to_bytes()[4:],
+        "open": worker.Open().to_bytes()[4:],
         "create": worker.Create("ref-1", "key-1", KeyType.EC_P256).to_bytes()[4:],
         "find": worker.Find("key-1").to_bytes()[4:],
         "destroy": worker.Destroy("key-1").to_bytes()[4:],

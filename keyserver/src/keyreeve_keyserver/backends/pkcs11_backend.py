@@ -8,8 +8,10 @@ from pathlib import Path
 
 from keyreeve_common.pkcs11_uri import Pkcs11Uri
 
+from keyreeve_keyserver.backends.launch import WorkerSpec
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
 from keyreeve_keyserver.domain.keys import Custody
+from keyreeve_keyserver.frames import JsonObject
 
 PROGRAM = "keyreeve_keyserver.backends.pkcs11_worker"
 
@@ -26,15 +28,13 @@ class Pkcs11Settings:
 
 class Pkcs11Backend(WorkerBackend):
     def __init__(self, name: str, settings: Pkcs11Settings) -> None:
+        opens: JsonObject = {
+            "module": str(settings.token.module_path or ""),
+            "token": str(settings.token.selector),
+            "softhsm_conf": str(settings.softhsm_conf or ""),
+        }
         super().__init__(
-            name,
-            PROGRAM,
-            settings={
-                "module": str(settings.token.module_path or ""),
-                "token": str(settings.token.selector),
-                "pin_file": str(settings.token.pin_source or ""),
-                "softhsm_conf": str(settings.softhsm_conf or ""),
-            },
+            WorkerSpec(name, PROGRAM, opens, {"pin_file": Path(settings.token.pin_source or "")}),
             custody=Custody.TOKEN_RESIDENT,
             workers=settings.workers,
             call_timeout=settings.call_timeout,

@@ -1,6 +1,6 @@
 """One token, one session, one thread: what a worker does with it. Imported by the worker only, since it loads python-pkcs11.
 
-The PIN is read from its file at each log-in and kept nowhere. A wrong PIN is never tried twice.
+The PIN came from the launcher, and each log-in uses that one: nothing here opens its file. A wrong PIN is never tried twice.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from keyreeve_keyserver.backends import pkcs11_mechanisms as mechanisms
 from keyreeve_keyserver.backends.pkcs11_errors import SESSION_LOST, error_of
 from keyreeve_keyserver.backends.pkcs11_slots import find_token
 from keyreeve_keyserver.backends.worker_frames import Box, TokenSignItem
+from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import JsonObject
 
 _T = TypeVar("_T")
@@ -52,15 +53,15 @@ class TokenSettings:
 
     module: str
     token: str
-    pin_file: str
     softhsm_conf: str
 
 
 class Token:
     """An open session with a logged-in user. Raises: TokenUnavailable, TokenPinIncorrect."""
 
-    def __init__(self, settings: TokenSettings) -> None:
+    def __init__(self, settings: TokenSettings, pin: Secret) -> None:
         self._settings = settings
+        self._pin = pin
         self._keys: dict[str, Any] = {}
         self._pin_refusal: TokenPinIncorrect | None = None
         self._token = self._find_token()
@@ -266,13 +267,10 @@ class Token:
     def _log_in(self) -> Any:
         if self._pin_refusal is not None:
             raise TokenPinIncorrect(self._pin_refusal.detail)
-        pin_file = self._settings.pin_file
         try:
-            pin = Path(pin_file).read_text(encoding="utf-8").strip("\r\n")
-        except (OSError, UnicodeDecodeError):
-            raise TokenUnavailable(f"pin_file {pin_file} cannot be read: give the worker's user access to it") from None
-        if not pin:
-            raise TokenUnavailable(f"pin_file {pin_file} is empty: write the token's user PIN into it")
+            pin = self._pin.reveal().decode()
+        except UnicodeDecodeError:
+            raise TokenUnavailable("pin_file is not text in UTF-8: write the token's user PIN into it") from None
         try:
             return self._token.open(rw=True, user_pin=pin)
         except p11.PKCS11Error as error:

@@ -1,7 +1,6 @@
-"""A PKCS#11 worker process: `python -m keyreeve_keyserver.backends.pkcs11_worker FD`. It loads the module, knows the PIN, has one session.
+"""A PKCS#11 worker process: it loads the module, knows the PIN, has one session. How it is started: `worker_main`.
 
-Single-threaded: python-pkcs11 is never called from two threads. It answers one question at a time on the socketpair whose descriptor is its
-only argument, and ends when the signer closes it.
+Single-threaded: python-pkcs11 is never called from two threads. It answers one question at a time, and ends when the signer closes the socket.
 """
 
 from __future__ import annotations
@@ -12,12 +11,14 @@ import time
 from keyreeve_common.errors import Internal, KeyreeveError, MalformedFrame, TokenUnavailable
 
 from keyreeve_keyserver.backends import worker_frames as frames
+from keyreeve_keyserver.backends.launch import WorkerStart
 from keyreeve_keyserver.backends.pkcs11_token import Token, TokenSettings
 from keyreeve_keyserver.backends.worker_main import run_worker
 
 
 class Worker:
-    def __init__(self) -> None:
+    def __init__(self, start: WorkerStart) -> None:
+        self._start = start
         self._token: Token | None = None
 
     def answer(self, question: frames.Question) -> frames.Answer:
@@ -32,7 +33,7 @@ class Worker:
         if isinstance(question, frames.Open):
             if self._token is not None:
                 raise MalformedFrame("the worker is open already")
-            self._token = Token(_settings(question))
+            self._token = Token(_settings(self._start), self._start.secret("pin_file"))
             return frames.Done(self._token.describe())
         token = self._token
         if token is None:
@@ -51,10 +52,10 @@ class Worker:
         return frames.Done({})
 
 
-def _settings(question: frames.Open) -> TokenSettings:
+def _settings(start: WorkerStart) -> TokenSettings:
     """Raises: MalformedFrame."""
     try:
-        return TokenSettings(**question.settings)
+        return TokenSettings(**start.settings)
     except TypeError:
         raise MalformedFrame("the settings are not those of a PKCS#11 worker") from None
 
@@ -67,7 +68,7 @@ def _sign(token: Token, item: frames.TokenSignItem, *, received: float) -> bytes
 
 
 def main() -> int:
-    return run_worker(Worker().answer)
+    return run_worker(lambda start: Worker(start).answer)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, SignatureScheme
 from keyreeve_common.verification import rsa_padding
 
 from keyreeve_keyserver.backends import worker_frames as frames
+from keyreeve_keyserver.backends.launch import WorkerSpec
+from keyreeve_keyserver.backends.launcher_link import LauncherLink
 from keyreeve_keyserver.backends.ports import (
     BackendHealth,
     BackendState,
@@ -40,45 +42,50 @@ from keyreeve_keyserver.backends.ports import (
 from keyreeve_keyserver.backends.worker_pool import WorkerPool
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
-from keyreeve_keyserver.frames import JsonObject
 
 _CHUNKS = {KeyFamily.EC_P256: 16, KeyFamily.EC_P384: 16, KeyFamily.ED25519: 16, KeyFamily.RSA: 4}
 _REF_BYTES = 16
 
 
 class WorkerBackend:
-    """`program` is the module of a worker; `settings` tell it what to open and hold no secret."""
+    """`worker` says how to start its workers. Without a launcher in `start` it starts one for itself."""
 
-    def __init__(
-        self,
-        name: str,
-        program: str,
-        *,
-        settings: JsonObject,
-        custody: Custody,
-        workers: int,
-        call_timeout: timedelta,
-    ) -> None:
-        self._name = name
+    def __init__(self, worker: WorkerSpec, *, custody: Custody, workers: int, call_timeout: timedelta) -> None:
+        self.worker = worker
+        self._name = worker.backend
         self._custody = custody
         self._timeout = call_timeout
+        self._size = workers
         self._loaded: dict[KeyId, rsa.RSAPublicKey | None] = {}
-        self._pool = WorkerPool(name, program, frames.Open(settings), workers=workers, call_timeout=call_timeout)
+        self._launcher: LauncherLink | None = None
+        self._started: WorkerPool | None = None
 
     @property
     def name(self) -> str:
         return self._name
 
     @property
+    def _pool(self) -> WorkerPool:
+        if self._started is None:
+            raise TokenUnavailable("the backend was not started")
+        return self._started
+
+    @property
     def worker_pids(self) -> tuple[int, ...]:
         return self._pool.pids
 
-    async def start(self) -> None:
-        await self._pool.start()
+    async def start(self, launcher: LauncherLink | None = None) -> None:
+        if launcher is None:
+            launcher = self._launcher = await LauncherLink.start([self.worker])
+        self._started = WorkerPool(self._name, launcher, workers=self._size, call_timeout=self._timeout)
+        await self._started.start()
 
     async def close(self) -> None:
         self._loaded.clear()
-        await self._pool.close()
+        if self._started is not None:
+            await self._started.close()
+        if self._launcher is not None:
+            self._launcher.close()
 
     def capabilities(self) -> Capabilities:
         offered = self._pool.description

@@ -32,15 +32,10 @@ DONE, REFUSED, SIGNED, BOX = 0x81, 0x82, 0x83, 0x84
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """The first question: reach the token or service and log in. What stands in `settings` is the worker's own matter.
-
-    Paths of secrets cross this socket, never secrets.
-    """
-
-    settings: JsonObject
+    """The first question: reach the token or service and log in, with the settings and secrets that the launcher gave."""
 
     def to_bytes(self) -> bytes:
-        return _frame(OPEN, bytes32(canonical_json(self.settings)))
+        return _frame(OPEN, b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +168,6 @@ def _parse(frame: bytes, table: dict[int, Callable[[Reader], _T]]) -> _T:
     return parsed
 
 
-def _read_open(reader: Reader) -> Open:
-    data = reader.bytes32("settings", high=MAX_JSON_BYTES)
-    settings = parse_json_object(data)
-    if canonical_json(settings) != data:
-        raise MalformedFrame("settings are not canonical JSON")
-    return Open(settings)
-
-
 def _read_create(reader: Reader) -> Create:
     ref, label, name = _ref(reader), _ref(reader), ascii_text(reader.bytes8("key_type"), "key_type")
     try:
@@ -257,7 +244,7 @@ def _frame(kind: int, body: bytes) -> bytes:
 
 
 _QUESTIONS: dict[int, Callable[[Reader], Question]] = {
-    OPEN: _read_open,
+    OPEN: lambda _: Open(),
     CREATE: _read_create,
     FIND: lambda reader: Find(_ref(reader)),
     DESTROY: lambda reader: Destroy(_ref(reader)),

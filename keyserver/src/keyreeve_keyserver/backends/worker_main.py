@@ -1,9 +1,12 @@
-"""The life of a worker process of any backend: `python -m PROGRAM FD`. One question at a time; the signer ends it by closing the socket."""
+"""The life of a worker process of any backend: `python -m PROGRAM FD START_FD PARENT`, started by the launcher.
+
+What it may know comes through the pipe START_FD, once, at its start: its settings and its secrets (`WorkerStart`). A program is
+`run_worker(lambda start: Worker(start).answer)`. One question at a time; it ends when the signer closes the socket, or its launcher ends.
+"""
 
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import socket
 import sys
@@ -12,20 +15,35 @@ from collections.abc import Callable
 from keyreeve_common.errors import MalformedFrame
 
 from keyreeve_keyserver.backends import worker_frames as frames
+from keyreeve_keyserver.backends.launch import MAX_START_BYTES, WorkerStart, parse_worker_start
+from keyreeve_keyserver.hardening.process import end_with_parent, forbid_cores, forbid_new_privileges, forbid_tracing
 
 EXIT_MALFORMED = 65
+Answering = Callable[[frames.Question], frames.Answer]
 
 
-def run_worker(answer: Callable[[frames.Question], frames.Answer]) -> int:
-    """Serves the descriptor that is the only argument; the exit code."""
+def run_worker(begin: Callable[[WorkerStart], Answering]) -> int:
+    """Serves the socket with what `begin` makes of settings and secrets; the exit code."""
+    forbid_cores()
+    forbid_tracing()
+    forbid_new_privileges()
     os.umask(0o077)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(int(sys.argv[3]))
     with socket.socket(fileno=int(sys.argv[1])) as connection:
-        return serve(connection, answer)
+        return serve(connection, begin(_read_start(int(sys.argv[2]))))
 
 
-def serve(connection: socket.socket, answer: Callable[[frames.Question], frames.Answer]) -> int:
+def _read_start(descriptor: int) -> WorkerStart:
+    """Raises: MalformedFrame."""
+    with open(descriptor, "rb", buffering=0) as pipe:
+        data = b""
+        while len(data) <= MAX_START_BYTES and (more := pipe.read(MAX_START_BYTES)):
+            data += more
+    return parse_worker_start(data)
+
+
+def serve(connection: socket.socket, answer: Answering) -> int:
     """Answers questions until the peer closes. The exit code is EXIT_MALFORMED where a question broke a rule."""
     splitter = frames.splitter()
     while data := connection.recv(262_144):

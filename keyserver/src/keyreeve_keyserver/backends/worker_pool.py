@@ -16,6 +16,7 @@ from keyreeve_common.errors import DeadlineExceeded, KeyreeveError, TokenPinInco
 from keyreeve_common.telemetry import log, log_exception, log_warning
 
 from keyreeve_keyserver.backends import worker_frames as frames
+from keyreeve_keyserver.backends.launcher_link import LauncherLink
 from keyreeve_keyserver.backends.worker_process import WorkerGone, WorkerProcess
 from keyreeve_keyserver.frames import JsonObject
 
@@ -33,12 +34,11 @@ class _Job:
 
 
 class WorkerPool:
-    """`module` is the program of a worker, `settings` its first question. Raises from `start`: TokenPinIncorrect."""
+    """`launcher` starts the workers of the backend `name`. Raises from `start`: TokenPinIncorrect."""
 
-    def __init__(self, name: str, module: str, settings: frames.Open, *, workers: int, call_timeout: timedelta) -> None:
+    def __init__(self, name: str, launcher: LauncherLink, *, workers: int, call_timeout: timedelta) -> None:
         self._name = name
-        self._module = module
-        self._settings = settings
+        self._launcher = launcher
         self._size = workers
         self._call_timeout = call_timeout
         self._jobs: deque[_Job] = deque()
@@ -150,9 +150,9 @@ class WorkerPool:
             return None
 
     async def _open(self) -> WorkerProcess:
-        process = await WorkerProcess.spawn(self._module)
+        process = await WorkerProcess.spawn(self._launcher, self._name)
         try:
-            answer = await process.ask(self._settings, within=self._call_timeout)
+            answer = await process.ask(frames.Open(), within=self._call_timeout)
             if isinstance(answer, frames.Failed):
                 raise answer.error
             if not isinstance(answer, frames.Done):

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-import subprocess
-import sys
-from contextlib import suppress
 from datetime import timedelta
 
 from keyreeve_common.errors import MalformedFrame, TokenUnavailable
 
 from keyreeve_keyserver.backends import worker_frames as frames
+from keyreeve_keyserver.backends.launcher_link import LauncherLink
 
 _READ_BYTES = 262_144
-_KILL_SECONDS = 2
 
 
 class WorkerGone(TokenUnavailable):
@@ -24,41 +19,25 @@ class WorkerGone(TokenUnavailable):
 
 class WorkerProcess:
     def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, launcher: LauncherLink, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self._process = process
+        self._launcher = launcher
+        self.pid = pid
         self._reader = reader
         self._writer = writer
         self._splitter = frames.splitter()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     @classmethod
-    async def spawn(cls, module: str) -> WorkerProcess:
-        """Starts `python -m module FD`, which serves questions on that descriptor. Raises: WorkerGone."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        with theirs:
-            try:
-                # Not asyncio's subprocess: a task that is cancelled in the middle of that leaves an orphan.
-                process = subprocess.Popen(  # noqa: ASYNC220 - it returns in a millisecond
-                    [sys.executable, "-m", module, str(theirs.fileno())],
-                    pass_fds=(theirs.fileno(),),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    env=_environment(),
-                )
-            except OSError as error:
-                ours.close()
-                raise WorkerGone(f"the worker cannot be started: {error.strerror}") from error
+    async def spawn(cls, launcher: LauncherLink, backend: str) -> WorkerProcess:
+        """Has the launcher start a worker of this backend. Raises: TokenUnavailable."""
+        pid, connection = await launcher.spawn(backend)
         try:
-            reader, writer = await asyncio.open_connection(sock=ours)
+            reader, writer = await asyncio.open_connection(sock=connection)
         except BaseException:
-            ours.close()
-            _kill(process)
+            connection.close()
+            launcher.kill(pid)
             raise
-        return cls(process, reader, writer)
+        return cls(launcher, pid, reader, writer)
 
     async def ask(self, question: frames.Question, *, within: timedelta) -> frames.Answer:
         """The worker's answer; after any failure the worker is to be ended. Raises: WorkerGone."""
@@ -78,18 +57,6 @@ class WorkerProcess:
             raise WorkerGone(f"the worker is gone: {type(error).__name__}") from None
 
     def end(self) -> None:
-        """Closes the socket and kills the process: it holds no state that a kill could harm."""
+        """Closes the socket and has the process killed: it holds no state that a kill could harm."""
         self._writer.close()
-        _kill(self._process)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_KILL_SECONDS)
-
-
-def _environment() -> dict[str, str]:
-    """A worker gets no more of our environment than it needs."""
-    kept = ("PATH", "LANG", "LC_ALL", "HOME", "SOFTHSM2_CONF", "PYTHONPATH")
-    return {name: os.environ[name] for name in kept if name in os.environ}
+        self._launcher.kill(self.pid)

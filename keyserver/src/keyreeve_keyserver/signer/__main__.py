@@ -22,9 +22,11 @@ from keyreeve_common.errors import ConfigInvalid, KeyreeveError, TokenPinIncorre
 from keyreeve_common.files import check_secret_file, read_secret
 from keyreeve_common.telemetry import configure_logging, log, log_error, notify_ready
 
+from keyreeve_keyserver.backends.launcher_link import LauncherLink
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend
 from keyreeve_keyserver.backends.software import SoftwareBackend
+from keyreeve_keyserver.backends.worker_backend import WorkerBackend
 from keyreeve_keyserver.signer.config import BackendConfig, BackendKind, SignerConfig
 from keyreeve_keyserver.signer.controls import ControlService
 from keyreeve_keyserver.signer.metrics import SignerMetrics
@@ -94,9 +96,11 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace) -> None:
         ControlService(backends, keys, sealer, default_backend=config.default_name, now=now, metrics=metrics),
         allowed_uids=frozenset(config.listen.allowed_uids),
     )
+    workers = [each.worker for each in backends.values() if isinstance(each, WorkerBackend)]
+    launcher = await LauncherLink.start(workers) if workers else None
     try:
         for backend in backends.values():
-            await backend.start()
+            await (backend.start(launcher) if isinstance(backend, WorkerBackend) else backend.start())
         gc.freeze()
         log("signer_ready", backends=",".join(backends))
         if arguments.listen is not None:
@@ -110,6 +114,8 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace) -> None:
     finally:
         for backend in backends.values():
             await backend.close()
+        if launcher is not None:
+            launcher.close()
     log("signer_stopped")
 
 

@@ -262,6 +262,11 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def descendants_of(pid: int) -> list[int]:
+    """The children of a process, and theirs; each before its own."""
+    return [found for child in children_of(pid) for found in (child, *descendants_of(child))]
+
+
 def command_line(pid: int) -> list[str]:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")

@@ -29,7 +29,7 @@ from typing import Any
 
 from cryptography import x509
 
-from keyreeve_testing.processes import ManagedProcess, children_of, command_line, free_port
+from keyreeve_testing.processes import ManagedProcess, children_of, command_line, descendants_of, free_port
 from keyreeve_testing.softhsm import SoftHsmToken, make_softhsm_token
 
 NGINX = "/usr/sbin/nginx"
@@ -539,9 +539,9 @@ http {{
             role = "signer" if "keyreeve_keyserver.signer" in command_line(child) else "front end"
             roles[role].append(child)
             if role == "signer":
-                roles["PKCS#11 worker"] += _descendants(child)
-        roles["CA"] = [self.processes["ca"].pid, *_descendants(self.processes["ca"].pid)]
-        roles["agent"] = [self.processes["agent"].pid, *_descendants(self.processes["agent"].pid)]
+                roles["PKCS#11 worker"] += descendants_of(child)
+        roles["CA"] = [self.processes["ca"].pid, *descendants_of(self.processes["ca"].pid)]
+        roles["agent"] = [self.processes["agent"].pid, *descendants_of(self.processes["agent"].pid)]
         if self.nginx is not None:
             roles["nginx master"] = [self.nginx.pid]
             roles["nginx worker"] = sorted(self.nginx_workers())
@@ -598,10 +598,3 @@ def _accepts(port: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def _descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    for child in children_of(pid):
-        found += [child, *_descendants(child)]
-    return found

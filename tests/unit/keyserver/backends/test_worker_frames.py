@@ -17,7 +17,7 @@ ITEMS = st.builds(
     frames.TokenSignItem, REFS, st.sampled_from(SignatureScheme), st.integers(0, 0xFFFFFFFF), st.binary(max_size=200)
 )
 QUESTIONS = st.one_of(
-    st.builds(frames.Open, st.dictionaries(TEXTS, TEXTS, max_size=4)),
+    st.just(frames.Open()),
     st.builds(frames.Create, REFS, REFS, st.sampled_from(KeyType)),
     st.builds(frames.Find, REFS),
     st.builds(frames.Destroy, REFS),

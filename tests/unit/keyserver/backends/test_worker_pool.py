@@ -40,11 +40,12 @@ class PlayedWorker:
 async def test_pin_refused_at_work_stops_the_pool(monkeypatch: pytest.MonkeyPatch, question: frames.Question) -> None:
     asked: list[frames.Question] = []
 
-    async def spawn(_program: str) -> Any:
+    async def spawn(_launcher: Any, _backend: str) -> Any:
         return PlayedWorker(asked)
 
     monkeypatch.setattr(WorkerProcess, "spawn", spawn)
-    pool = WorkerPool("hsm", "program", frames.Open({}), workers=2, call_timeout=SECOND)
+    launcher: Any = None
+    pool = WorkerPool("hsm", launcher, workers=2, call_timeout=SECOND)
     await pool.start()
     for _ in range(5):
         with suppress(TokenPinIncorrect, TokenUnavailable):

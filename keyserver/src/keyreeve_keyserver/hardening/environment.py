@@ -1,0 +1,17 @@
+"""Which variables of the environment a child gets: an allow-list for each kind. What a loader or an interpreter would obey is in none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_ALL = frozenset({"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "HOME", "TMPDIR", "PYTHONPATH"})
+_TOKENS = frozenset({"SOFTHSM2_CONF"})
+
+
+def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a backend's worker."""
+    return _only(environment, _ALL | _TOKENS)
+
+
+def _only(environment: Mapping[str, str], names: frozenset[str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name in names}
