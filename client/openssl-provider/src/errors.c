@@ -63,6 +63,7 @@ static const struct {
     {36, "spiffe_id_invalid"},
     {37, "svid_invalid"},
     {38, "sealed_record_invalid"},
+    {44, "overloaded"},
 };
 
 const OSSL_ITEM *keyreeve_error_reasons(void)

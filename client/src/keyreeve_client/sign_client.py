@@ -1,8 +1,10 @@
 """The sign client: whole messages with a purpose go to the key cluster, signatures come back.
 
 `SignClient` blocks and makes one call per signature. `SignStreamClient` serves many asyncio callers over one stream with natural batching:
-a request that finds the pipe free leaves at once; those that arrive while batches are in flight leave together. There is no timer. Nothing is
-sent twice: when the stream breaks, what was in flight fails with Unavailable and the caller decides (a signature may have been made).
+a request that finds the pipe free leaves at once; those that arrive while batches are in flight leave together. A batch that has an item which
+is slow (a token that hangs, a queue of large keys) does not hold the pipe for long: after STALE_SECONDS others pass it.
+Nothing is sent twice here: when the stream breaks, what was in flight fails with StreamLost. A signature may have been made then; since a second
+one of the same message tells nobody more than the first, callers may ask another key server.
 
 Spec: design section 5; common/proto/keyreeve_common/v1/keyserver.proto.
 """
@@ -24,7 +26,7 @@ from keyreeve_common.errors import (
     DeadlineExceeded,
     KeyreeveError,
     MessageTooLarge,
-    RateLimited,
+    Overloaded,
     Unavailable,
 )
 from keyreeve_common.grpc_edge import error_from_proto, error_from_rpc, error_from_trailers
@@ -37,8 +39,10 @@ DEFAULT_DEADLINE = timedelta(seconds=5)
 MAX_BATCH_ITEMS = 64
 MAX_BATCH_BYTES = 1_048_576  # well under gRPC's bound of 4 MiB a message
 MAX_BATCHES_IN_FLIGHT = 2
+STALE_SECONDS = 0.025
 MAX_WAITING = 8_192
-_EDGE_MARGIN = timedelta(milliseconds=50)  # lets the server's own deadline answer win over ours
+_EDGE_MARGIN_S = 0.05  # lets the server's own deadline answer win over ours
+_MAX_DEADLINE_MS = 0xFFFF_FFFF
 
 
 def _check_message(message: bytes) -> None:
@@ -79,10 +83,15 @@ class SignClient:
         return signature
 
 
+class StreamLost(Unavailable):
+    """The stream to one key server broke, ended, or could not be opened: it says nothing of the request, and all of that server."""
+
+
 @dataclass(slots=True)
 class _Waiting:
     item: keyserver_pb2.SignItem
     answer: asyncio.Future[bytes]
+    ends_at: float  # of the loop's clock
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +99,7 @@ class _Batch:
     """One batch in flight; done when every item is answered or given up."""
 
     open_ids: set[int]
+    sent_at: float
 
 
 @dataclass(slots=True, eq=False)
@@ -152,32 +162,53 @@ class SignStreamClient:
         Raises: KeyreeveError as the key server said it for this item; Unavailable when the stream cannot be opened or breaks,
         DeadlineExceeded, RateLimited when too much waits here; Internal for a wrong signature.
         """
+        ends_at = asyncio.get_running_loop().time() + deadline.total_seconds()
+        answer = self.begin(key_id, scheme, purpose, message=message, ends_at=ends_at)
+        try:
+            async with asyncio.timeout_at(ends_at):
+                signature = await answer
+        except TimeoutError:
+            raise DeadlineExceeded("key server did not answer in time") from None
+        if public_key is not None:
+            verify_signature(public_key, scheme, message, signature=signature)
+        return signature
+
+    def begin(
+        self, key_id: str, scheme: int, purpose: int, *, message: bytes, ends_at: float, trace: bytes = b""
+    ) -> asyncio.Future[bytes]:
+        """Sends a request off; its future gives the signature, or raises what `sign` raises but for DeadlineExceeded of our own.
+
+        Who does not want the answer any more cancels the future. `ends_at` is a time of the loop's clock, for the key server to keep.
+        Raises: MessageTooLarge, Unavailable when closed, Overloaded.
+        """
         _check_message(message)
         if self._closed:
             raise Unavailable("sign client is closed")
         if len(self._waiting) >= MAX_WAITING:
-            raise RateLimited("too many requests wait for the key server", retry_after=timedelta(milliseconds=100))
+            raise Overloaded("too many requests wait for the key server", retry_after=timedelta(milliseconds=100))
         item = keyserver_pb2.SignItem(
             id=self._new_id(),
             key_id=key_id,
             scheme=scheme,
             purpose=cast("Any", int(purpose)),
             message=message,
-            deadline_ms=max(1, int((deadline - _EDGE_MARGIN) / timedelta(milliseconds=1))),
+            trace=trace,
         )
-        waiting = _Waiting(item, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(item, asyncio.get_running_loop().create_future(), ends_at)
+        waiting.answer.add_done_callback(lambda _: self._give_up(item.id))
         self._waiting[item.id] = waiting
         self._start_sender()
-        try:
-            async with asyncio.timeout(deadline.total_seconds()):
-                signature = await waiting.answer
-        except TimeoutError:
-            raise DeadlineExceeded("key server did not answer in time") from None
-        finally:
-            self._give_up(waiting)
-        if public_key is not None:
-            verify_signature(public_key, scheme, message, signature=signature)
-        return signature
+        return waiting.answer
+
+    def abandon(self, error: KeyreeveError) -> None:
+        """Fails all that waits or is in flight, and ends the stream; the next request opens another."""
+        stream, self._stream = self._stream, None
+        self._fail_waiting(error)
+        if stream is not None:
+            stream.fail(error)
+            if stream.reader is not None:
+                stream.reader.cancel()
+        self._wake.set()
 
     async def close(self) -> None:
         """Fails what waits with Unavailable and ends the stream."""
@@ -192,10 +223,10 @@ class SignStreamClient:
         self._next_id = (self._next_id + 1) & 0xFFFF_FFFF
         return self._next_id
 
-    def _give_up(self, waiting: _Waiting) -> None:
+    def _give_up(self, item_id: int) -> None:
         """Whatever became of the item, it holds no slot and no memory any more; an answer that comes later finds nobody."""
-        self._waiting.pop(waiting.item.id, None)
-        if self._stream is not None and self._stream.settle(waiting.item.id) is not None:
+        self._waiting.pop(item_id, None)
+        if self._stream is not None and self._stream.settle(item_id) is not None:
             self._wake.set()
 
     def _start_sender(self) -> None:
@@ -210,13 +241,25 @@ class SignStreamClient:
             while self._waiting:
                 try:
                     stream = await self._ready_stream()
-                    if len(stream.batches) >= MAX_BATCHES_IN_FLIGHT:
+                    if (pause_s := self._full_for(stream)) > 0:
+                        asyncio.get_running_loop().call_later(pause_s, self._wake.set)
                         break
                     await self._send_batch(stream)
                 except KeyreeveError as error:
                     self._fail_waiting(error)
                 except grpc.aio.UsageError:
-                    self._fail_waiting(Unavailable("channel to the key server was closed"))
+                    self._fail_waiting(StreamLost("channel to the key server was closed"))
+
+    @staticmethod
+    def _full_for(stream: _Stream) -> float:
+        """How long the pipe is full at most: until the batches in flight are answered or stale; 0 when it is not."""
+        if len(stream.batches) < MAX_BATCHES_IN_FLIGHT:
+            return 0.0
+        now = asyncio.get_running_loop().time()
+        fresh = sorted(batch.sent_at for batch in stream.batches if now - batch.sent_at < STALE_SECONDS)
+        if len(fresh) < MAX_BATCHES_IN_FLIGHT:
+            return 0.0
+        return max(fresh[-MAX_BATCHES_IN_FLIGHT] + STALE_SECONDS - now, 0.001)
 
     async def _ready_stream(self) -> _Stream:
         channel = await self._channel()
@@ -242,10 +285,12 @@ class SignStreamClient:
     def _take_batch(self) -> list[_Waiting]:
         """The next items in order of arrival, at most MAX_BATCH_ITEMS and about MAX_BATCH_BYTES."""
         taken: list[_Waiting] = []
-        size = 0
+        size, now = 0, asyncio.get_running_loop().time()
         while self._waiting and len(taken) < MAX_BATCH_ITEMS and size < MAX_BATCH_BYTES:
             _, waiting = self._waiting.popitem(last=False)
             if not waiting.answer.done():  # else its caller was told to give up in this very turn of the loop
+                left_ms = int((waiting.ends_at - now - _EDGE_MARGIN_S) * 1000)
+                waiting.item.deadline_ms = max(1, min(left_ms, _MAX_DEADLINE_MS))
                 taken.append(waiting)
                 size += len(waiting.item.message)
         return taken
@@ -254,7 +299,7 @@ class SignStreamClient:
         taken = self._take_batch()
         if not taken:
             return
-        batch = _Batch({waiting.item.id for waiting in taken})
+        batch = _Batch({waiting.item.id for waiting in taken}, asyncio.get_running_loop().time())
         stream.batches.add(batch)
         for waiting in taken:
             stream.outstanding[waiting.item.id] = (waiting.answer, batch)
@@ -264,9 +309,14 @@ class SignStreamClient:
             # The reader learns the cause and fails what is outstanding; until it has, no new stream must take its place unseen.
             if stream.reader is not None:
                 await asyncio.wait((stream.reader,))
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # The stream was abandoned, and gRPC cancelled the write with it: who waits now goes to another stream.
 
     async def _read(self, stream: _Stream) -> None:
-        error: KeyreeveError = Unavailable("sign client was closed")
+        error: KeyreeveError = StreamLost("sign stream was given up")
         try:
             while True:
                 answer = await stream.call.read()
@@ -315,15 +365,20 @@ async def _end_of(call: Any) -> KeyreeveError:
     """Why the server ended the stream."""
     code = await call.code()
     if code is grpc.StatusCode.OK:
-        return Unavailable("key server ended the sign stream")
+        return StreamLost("key server ended the sign stream")
     return _named_error(await call.trailing_metadata(), str(await call.details() or code.name))
 
 
 def _stream_error(failure: grpc.RpcError) -> KeyreeveError:
-    """A refusal by name stays what it is; whatever else breaks a stream is Unavailable, whichever status the transport chose."""
+    """A refusal by name stays what it is; whatever else breaks a stream is StreamLost, whichever status the transport chose."""
     call = cast("Any", failure)
     return _named_error(call.trailing_metadata(), str(call.details() or "sign stream broke"))
 
 
 def _named_error(metadata: Any, detail: str) -> KeyreeveError:
-    return error_from_trailers(metadata, detail) or Unavailable(f"sign stream to the key server broke: {detail}")
+    named = error_from_trailers(metadata, detail)
+    if named is None:
+        return StreamLost(f"sign stream to the key server broke: {detail}")
+    if type(named) is Unavailable:  # a key server that is stopping says so
+        return StreamLost(named.detail, retry_after=named.retry_after)
+    return named

@@ -53,6 +53,7 @@ class ErrorCode(StrEnum):
     KEY_SELF_TEST_FAILED = "key_self_test_failed"
     APPROVAL_REQUIRED = "approval_required"
     APPROVAL_INVALID = "approval_invalid"
+    OVERLOADED = "overloaded"
     AUDIT_UNAVAILABLE = "audit_unavailable"
 
 
@@ -105,6 +106,7 @@ RENDERINGS: dict[ErrorCode, Rendering] = {
     ErrorCode.KEY_SELF_TEST_FAILED: Rendering(40, "FAILED_PRECONDITION", 500),
     ErrorCode.APPROVAL_REQUIRED: Rendering(41, "PERMISSION_DENIED", 403),
     ErrorCode.APPROVAL_INVALID: Rendering(42, "PERMISSION_DENIED", 403),
+    ErrorCode.OVERLOADED: Rendering(44, "RESOURCE_EXHAUSTED", 503),
     ErrorCode.AUDIT_UNAVAILABLE: Rendering(45, "UNAVAILABLE", 503),
 }
 CODE_BY_WIRE: dict[int, ErrorCode] = {rendering.wire: code for code, rendering in RENDERINGS.items()}
@@ -251,6 +253,12 @@ class TokenUnavailable(Unavailable):
 
 class TokenPinIncorrect(FailedPrecondition):
     default_code = ErrorCode.TOKEN_PIN_INCORRECT
+
+
+class Overloaded(Unavailable):
+    """This replica has more work of this kind than it can do in time; another may have room, this one after `retry_after`."""
+
+    default_code = ErrorCode.OVERLOADED
 
 
 class StorageFull(Unavailable):

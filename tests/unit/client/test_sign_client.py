@@ -11,7 +11,13 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from keyreeve_client.channel import open_local_channel, open_sync_local_channel
-from keyreeve_client.sign_client import MAX_BATCH_ITEMS, MAX_BATCHES_IN_FLIGHT, SignClient, SignStreamClient
+from keyreeve_client.sign_client import (
+    MAX_BATCH_ITEMS,
+    MAX_BATCHES_IN_FLIGHT,
+    SignClient,
+    SignStreamClient,
+    StreamLost,
+)
 from keyreeve_common.errors import (
     DeadlineExceeded,
     Internal,
@@ -88,12 +94,59 @@ async def test_at_most_two_batches_are_in_flight(signing: Any) -> None:
         assert stream is not None
         while len(stream.batches) < MAX_BATCHES_IN_FLIGHT:
             await asyncio.sleep(0)
+        for batch in stream.batches:
+            batch.sent_at += 3600  # not stale, however slow this test runs
         for _ in range(50):
             await asyncio.sleep(0)
         assert len(stream.batches) == MAX_BATCHES_IN_FLIGHT
         assert len(client._waiting) == MAX_BATCH_ITEMS * 3
         signing.service.gate.set()
         await asyncio.gather(*tasks)
+
+
+async def test_batches_that_are_slow_do_not_hold_the_pipe(signing: Any) -> None:
+    async with stream_client(signing) as client:
+        slow = start(client, MAX_BATCHES_IN_FLIGHT)
+        await signing.service.until(lambda: len(signing.service.batches) == 1)
+        stream = client._stream
+        assert stream is not None
+        # The service answers nothing: yet what comes later is sent, once those batches are stale.
+        later = start(client, 1, 7)
+        async with asyncio.timeout(20):
+            while sum(len(batch.open_ids) for batch in stream.batches) < MAX_BATCHES_IN_FLIGHT + 1:
+                await asyncio.sleep(0.005)
+        assert not client._waiting
+        signing.service.gate.set()
+        await asyncio.gather(*slow, *later)
+
+
+async def test_an_abandoned_stream_fails_what_it_holds_and_the_next_request_opens_another(signing: Any) -> None:
+    async with stream_client(signing) as client:
+        held = start(client, 3)
+        await signing.service.until(lambda: len(signing.service.batches) == 1)
+        client.abandon(StreamLost("silent"))
+        again = start(client, 1, 9)  # before the old stream's tasks had their turn
+        assert [type(result) for result in await asyncio.gather(*held, return_exceptions=True)] == [StreamLost] * 3
+        signing.service.gate.set()
+        assert await asyncio.gather(*again)
+    assert signing.service.streams == 2
+
+
+async def test_a_stopping_server_is_a_lost_stream(signing: Any) -> None:
+    signing.service.refusal = Unavailable("stopping", retry_after=timedelta(seconds=1))
+    async with stream_client(signing) as client:
+        with pytest.raises(StreamLost) as caught:
+            await call(client, b"x")
+    assert caught.value.retry_after == timedelta(seconds=1)
+
+
+async def test_the_deadline_sent_is_what_is_left(signing: Any) -> None:
+    async with stream_client(signing) as client:
+        first = start(client, 1)
+        await signing.service.until(lambda: len(signing.service.batches) == 1)
+        assert 29_000 <= signing.service.batches[0][0].deadline_ms <= 29_950
+        signing.service.gate.set()
+        await asyncio.gather(*first)
 
 
 async def test_one_refused_item_does_not_fail_its_batch(signing: Any) -> None:
@@ -110,7 +163,7 @@ async def test_broken_stream_fails_what_is_in_flight_and_the_next_call_reconnect
         await signing.service.until(lambda: len(signing.service.batches) == 1)
         signing.service.cut.set()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(result) for result in results] == [Unavailable] * 3
+        assert [type(result) for result in results] == [StreamLost] * 3
         signing.service.cut.clear()
         signing.service.gate.set()
         assert await call(client, b"again")
@@ -123,7 +176,7 @@ async def test_server_that_goes_away_is_unavailable(signing: Any) -> None:
         await signing.service.until(lambda: len(signing.service.batches) == 1)
         await signing.server.stop(0)
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(result) for result in results] == [Unavailable] * 2
+        assert [type(result) for result in results] == [StreamLost] * 2
         with pytest.raises(Unavailable):
             await call(client, b"nobody there")
 
@@ -244,7 +297,7 @@ async def test_closed_client_is_unavailable(signing: Any) -> None:
         await signing.service.until(lambda: len(signing.service.batches) == 1)
         await client.close()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(result) for result in results] == [Unavailable] * 2
+        assert [type(result) for result in results] == [StreamLost] * 2
         with pytest.raises(Unavailable):
             await call(client, b"x")
 

@@ -36,14 +36,31 @@ class CaConfig:
 
 @dataclass(frozen=True, slots=True)
 class KeyServerConfig:
-    """`addresses` in order of preference. `spiffe_id` absent: spiffe://<trust domain>/keyreeve/keyserver."""
+    """`addresses` are the replicas of one key cluster. `spiffe_id` absent: spiffe://<trust domain>/keyreeve/keyserver.
+
+    The others count where there are two replicas or more: when a request is also sent to a second one, and which one is left out.
+    """
 
     addresses: tuple[str, ...]
     spiffe_id: SpiffeId | None = None
+    hedge_percent: int = 3
+    hedge_floor: timedelta = timedelta(milliseconds=20)
+    silence_timeout: timedelta = timedelta(milliseconds=500)
+    max_errors: int = 3
 
     def __post_init__(self) -> None:
         if not self.addresses:
             raise ConfigInvalid("addresses: at least one is needed")
+        if len(set(self.addresses)) != len(self.addresses):
+            raise ConfigInvalid("addresses: one stands twice")
+        if not 0 <= self.hedge_percent <= 50:
+            raise ConfigInvalid("hedge_percent: allowed are 0 to 50")
+        if not timedelta(milliseconds=1) <= self.hedge_floor <= timedelta(seconds=10):
+            raise ConfigInvalid("hedge_floor: allowed are 1ms to 10s")
+        if not timedelta(milliseconds=50) <= self.silence_timeout <= timedelta(seconds=30):
+            raise ConfigInvalid("silence_timeout: allowed are 50ms to 30s")
+        if not 1 <= self.max_errors <= 1000:
+            raise ConfigInvalid("max_errors: allowed are 1 to 1000")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from keyreeve_client.agent.assignments import AgentState, Assignment, CurrentKey
 from keyreeve_client.agent.attestation import NodeIdentity
 from keyreeve_client.agent.config import AgentConfig
 from keyreeve_client.agent.file_sink import SvidFiles
-from keyreeve_client.agent.key_cluster import KeyCluster
+from keyreeve_client.agent.key_cluster import KeyCluster, balancer_settings
 from keyreeve_client.agent.metrics import watch_agent
 from keyreeve_client.agent.publisher import Publisher, sink_of
 from keyreeve_client.agent.sign_listener import bind_sign_socket, remove_sign_socket
@@ -113,7 +113,12 @@ class Agent:
         config = self.config
         keys = CurrentKeys()
         self._ca = ReloadingChannel(config.ca.address, identity.files(), server_id=config.ca_id)
-        self._cluster = KeyCluster(config.key_server.addresses, identity.files(), server_id=config.key_server_id)
+        self._cluster = KeyCluster(
+            config.key_server.addresses,
+            identity.files(),
+            server_id=config.key_server_id,
+            settings=balancer_settings(config.key_server),
+        )
         self._server = SignServer(config.sign_socket, keys, self._cluster.sign)
         self._publishers = [Publisher(proxy, on_change=self._touch) for proxy in config.proxy]
         self._sync = Sync(identity, self._ca, keys, on_state=self._publish)

@@ -12,6 +12,7 @@ from typing import Any
 
 from keyreeve_common.errors import KeyreeveError
 from keyreeve_common.files import write_atomic
+from keyreeve_common.schemes import SignatureScheme
 from keyreeve_common.telemetry import log_warning
 
 from keyreeve_client.agent.assignments import Assignment
@@ -125,7 +126,30 @@ def _key_server(server: KeyServer) -> dict[str, Any]:
         "available": server.last_error is None if tried else None,
         "last_success": _time(server.last_success),
         "error": _error(server.last_error),
+        "state": server.replica.state.value,
+        "outstanding": server.replica.outstanding,
+        "requests": server.replica.requests,
+        "failures": server.replica.faults,
+        "hedges": server.replica.hedges,
+        "ejections": server.replica.ejections,
+        "latency_ms": {
+            scheme_name(scheme): {"p50": _ms(lane.latencies.p50_s), "p95": _ms(lane.latencies.p95_s)}
+            for scheme, lane in server.replica.lanes.items()
+            if lane.latencies.count
+        },
     }
+
+
+def scheme_name(scheme: int) -> str:
+    """The IANA name of a class of requests; 'other' for those whose scheme nobody knows."""
+    try:
+        return SignatureScheme(scheme).iana_name
+    except ValueError:
+        return "other"
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 2)
 
 
 def _proxy(publisher: Publisher) -> dict[str, Any]:

@@ -1,86 +1,277 @@
-"""Which key server is asked: fail-over when one is unavailable, and when one takes requests and answers nothing."""
+"""The life of one request over several replicas: retries, hedges, silence, what is not asked again."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from keyreeve_client.agent.balancer import Settings, State
 from keyreeve_client.agent.key_cluster import KeyCluster
 from keyreeve_client.channel import SvidFiles
-from keyreeve_common.errors import DeadlineExceeded, KeyNotFound, KeyreeveError, Unavailable
+from keyreeve_client.sign_client import StreamLost
+from keyreeve_common.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    KeyNotFound,
+    KeyreeveError,
+    Overloaded,
+    RateLimited,
+    TokenUnavailable,
+    Unavailable,
+)
 from keyreeve_common.identity import SpiffeId
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.sign_socket import SignFrame
 
 SERVER_ID = SpiffeId.parse("spiffe://example.org/keyreeve/keyserver")
+LONG_MS = 20_000
 
 
 @dataclass
-class FakeStream:
-    """Signs with its name, raises `error`, or, when it hangs, answers nothing until the deadline."""
+class FakeReplica:
+    """Signs with its name, fails with `error`, or hangs; `healthy` is what a probe finds."""
 
     name: bytes
     hangs: bool = False
     error: KeyreeveError | None = None
-    asked: int = 0
+    healthy: bool = True
+    traces: list[bytes] = field(default_factory=list)
+    deadlines: list[float] = field(default_factory=list)
+    held: list[asyncio.Future[bytes]] = field(default_factory=list)
 
-    async def sign(self, *_: object, deadline: Any, **__: object) -> bytes:
-        self.asked += 1
+    @property
+    def asked(self) -> int:
+        return len(self.traces)
+
+    def begin(self, *_: object, trace: bytes, ends_at: float, **__: object) -> asyncio.Future[bytes]:
+        self.traces.append(trace)
+        self.deadlines.append(ends_at)
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         if self.hangs:
-            await asyncio.sleep(deadline.total_seconds())
-            raise DeadlineExceeded("key server did not answer in time")
-        if self.error is not None:
-            raise self.error
-        return self.name
+            self.held.append(answer)
+        elif self.error is not None:
+            answer.set_exception(type(self.error)(self.error.detail, retry_after=self.error.retry_after))
+        else:
+            answer.set_result(self.name)
+        return answer
+
+    def abandon(self, error: KeyreeveError) -> None:
+        for answer in self.held:
+            if not answer.done():
+                answer.set_exception(error)
+
+    async def close(self) -> None:
+        return
+
+    async def is_healthy(self, _within_s: float) -> bool:
+        return self.healthy
 
 
 @dataclass
-class Pair:
+class Rig:
     cluster: KeyCluster
-    streams: list[FakeStream] = field(default_factory=list)
+    replicas: list[FakeReplica]
 
-    async def sign(self, deadline_ms: int = 300) -> bytes:
+    async def sign(self, deadline_ms: int = LONG_MS) -> bytes:
         return await self.cluster.sign(SignFrame(1, deadline_ms, 0x0403, 1, KeyId("k"), b"m"))
+
+    @property
+    def states(self) -> list[State]:
+        return [server.replica.state for server in self.cluster.servers]
+
+
+def make(tmp_path: Path, *names: bytes, **settings: Any) -> Rig:
+    files = SvidFiles(tmp_path / "key", tmp_path / "chain", tmp_path / "bundle")
+    addresses = tuple(f"{name.decode()}:1" for name in names)
+    cluster = KeyCluster(addresses, files, server_id=SERVER_ID, settings=Settings(**settings))
+    rig = Rig(cluster, [FakeReplica(name) for name in names])
+    for server, replica in zip(cluster.servers, rig.replicas, strict=True):
+        server.stream = replica  # type: ignore[assignment]
+        server.is_healthy = replica.is_healthy  # type: ignore[method-assign]
+    return rig
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Pair:
-    files = SvidFiles(tmp_path / "key", tmp_path / "chain", tmp_path / "bundle")
-    cluster = KeyCluster(("one:1", "two:1"), files, server_id=SERVER_ID)
-    made = Pair(cluster, [FakeStream(b"one"), FakeStream(b"two")])
-    for server, stream in zip(cluster.servers, made.streams, strict=True):
-        server.stream = stream  # type: ignore[assignment]
-    return made
+async def pair(tmp_path: Path) -> AsyncIterator[Rig]:
+    rig = make(tmp_path, b"one", b"two", silence_s=0.05, first_probe_s=0.01)
+    yield rig
+    await rig.cluster.close()
 
 
-async def test_the_first_is_preferred_until_it_is_unavailable(pair: Pair) -> None:
-    assert await pair.sign() == b"one"
-    pair.streams[0].error = Unavailable("gone")
+@pytest.fixture
+async def alone(tmp_path: Path) -> AsyncIterator[Rig]:
+    rig = make(tmp_path, b"one")
+    yield rig
+    await rig.cluster.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StreamLost("broke"),
+        Unavailable("signer ended"),
+        TokenUnavailable("token away"),
+        Overloaded("full", retry_after=timedelta(seconds=1)),
+        DeadlineExceeded("signer is slow"),
+    ],
+    ids=lambda error: error.code.value,
+)
+async def test_what_one_replica_cannot_another_does(pair: Rig, error: KeyreeveError) -> None:
+    pair.replicas[0].error = error
     assert await pair.sign() == b"two"
-    assert await pair.sign() == b"two"
-    assert pair.streams[0].asked == 2
+    assert pair.replicas[0].traces == pair.replicas[1].traces  # one request, one id
+    assert pair.cluster.servers[0].last_error is not None
 
 
-async def test_a_refusal_is_the_answer(pair: Pair) -> None:
-    pair.streams[0].error = KeyNotFound()
-    with pytest.raises(KeyNotFound):
+@pytest.mark.parametrize("error", [KeyNotFound(), RateLimited("rate"), InvalidRequest("form")], ids=repr)
+async def test_a_refusal_is_the_answer(pair: Rig, error: KeyreeveError) -> None:
+    pair.replicas[0].error = error
+    with pytest.raises(type(error)):
         await pair.sign()
-    assert pair.streams[1].asked == 0
+    assert pair.replicas[1].asked == 0
+    assert pair.states[0] is State.READY
 
 
-async def test_one_that_hangs_costs_what_it_holds_and_no_more(pair: Pair) -> None:
-    pair.streams[0].hangs = True
-    held = await asyncio.gather(pair.sign(), pair.sign(), pair.sign(), return_exceptions=True)
-    assert [type(result) for result in held] == [DeadlineExceeded] * 3
+async def test_a_stream_that_ends_moves_all_at_once_and_fails_none(pair: Rig) -> None:
+    pair.replicas[0].hangs = pair.replicas[1].hangs = True
+    requests = [asyncio.create_task(pair.sign()) for _ in range(20)]
+    await asyncio.sleep(0)
+    pair.replicas[1].hangs = False
+    for answer in pair.replicas[1].held:
+        answer.set_result(b"two")
+    pair.replicas[0].abandon(StreamLost("this key server is stopping", retry_after=timedelta(milliseconds=100)))
+    assert await asyncio.gather(*requests) == [b"two"] * 20
+    asked = pair.replicas[0].asked
+    assert await asyncio.gather(*(pair.sign() for _ in range(5))) == [b"two"] * 5
+    assert pair.replicas[0].asked == asked
+
+
+async def test_a_slow_answer_is_hedged_and_the_first_one_counts(pair: Rig) -> None:
+    pair.replicas[0].hangs = True
     assert await pair.sign() == b"two"
+    assert pair.cluster.servers[1].replica.hedges == 1
+    assert [answer.cancelled() for answer in pair.replicas[0].held] == [True]
 
 
-async def test_a_client_in_a_hurry_moves_nobody(pair: Pair) -> None:
-    pair.streams[0].hangs = True
-    with pytest.raises(DeadlineExceeded):
-        await pair.sign(deadline_ms=1)
-    pair.streams[0].hangs = False
+async def test_no_hedge_without_budget_but_silence_moves_the_requests(tmp_path: Path) -> None:
+    rig = make(tmp_path, b"one", b"two", silence_s=0.05, hedge_share=0.0)
+    rig.replicas[0].hangs, rig.replicas[0].healthy = True, False
+    assert await asyncio.gather(*(rig.sign() for _ in range(10))) == [b"two"] * 10
+    assert rig.states == [State.EJECTED, State.READY]
+    assert rig.cluster.servers[1].replica.hedges == 0
+    await rig.cluster.close()
+
+
+async def test_a_silent_replica_that_answers_a_probe_keeps_its_requests(tmp_path: Path) -> None:
+    rig = make(tmp_path, b"one", b"two", silence_s=0.02, hedge_share=0.0)
+    rig.replicas[0].hangs = True
+    request = asyncio.create_task(rig.sign())
+    async with asyncio.timeout(20):
+        while not rig.replicas[0].held:
+            await asyncio.sleep(0)
+        while rig.cluster.balancer.replicas[0].state is not State.SUSPECT:
+            await asyncio.sleep(0)
+        while rig.cluster.balancer.replicas[0].state is State.SUSPECT:
+            await asyncio.sleep(0)
+    rig.replicas[0].held[0].set_result(b"late")
+    assert await request == b"late"
+    await rig.cluster.close()
+
+
+async def test_an_ejected_replica_is_taken_back_after_a_probe(pair: Rig) -> None:
+    pair.replicas[0].error, pair.replicas[0].healthy = StreamLost("gone"), False
+    assert await pair.sign() == b"two"
+    assert pair.states == [State.EJECTED, State.READY]
+    pair.replicas[0].error, pair.replicas[0].healthy = None, True
+    async with asyncio.timeout(20):
+        while pair.states[0] is not State.READY:
+            await asyncio.sleep(0.005)
+    assert pair.cluster.servers[0].last_error is None
+
+
+async def test_all_away_for_a_moment_is_waited_out(pair: Rig) -> None:
     assert await pair.sign() == b"one"
+    for replica in pair.replicas:
+        replica.error = Unavailable("restarting")
+    request = asyncio.create_task(pair.sign())
+    async with asyncio.timeout(20):
+        while pair.replicas[0].asked + pair.replicas[1].asked < 5:
+            await asyncio.sleep(0.005)
+    pair.replicas[1].error = None
+    assert await request == b"two"
+
+
+async def test_all_away_for_long_is_said_at_once(pair: Rig) -> None:
+    for replica in pair.replicas:
+        replica.error = Unavailable("gone")
+    with pytest.raises(Unavailable, match="gone"):
+        await pair.sign()
+    assert [replica.asked for replica in pair.replicas] == [1, 1]
+
+
+async def test_overload_everywhere_is_retried_once_when_it_may_be(pair: Rig) -> None:
+    assert await pair.sign() == b"one"
+    for replica in pair.replicas:
+        replica.error = Overloaded("full", retry_after=timedelta(milliseconds=100))
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(Overloaded):
+        await pair.sign()
+    assert asyncio.get_running_loop().time() - began >= 0.1
+    assert sum(replica.asked for replica in pair.replicas) == 1 + 4
+    assert sum(server.replica.hedges for server in pair.cluster.servers) == 0
+
+
+async def test_overload_is_not_waited_for_beyond_the_deadline(pair: Rig) -> None:
+    assert await pair.sign() == b"one"
+    for replica in pair.replicas:
+        replica.error = Overloaded("full", retry_after=timedelta(seconds=30))
+    with pytest.raises(Overloaded):
+        await pair.sign(deadline_ms=10_000)
+    assert sum(replica.asked for replica in pair.replicas) == 1 + 2
+
+
+async def test_the_deadline_of_a_retry_is_what_is_left(pair: Rig) -> None:
+    pair.replicas[0].error = StreamLost("broke")
+    await pair.sign()
+    assert pair.replicas[0].deadlines == pair.replicas[1].deadlines
+
+
+async def test_time_is_up_where_nobody_answers(pair: Rig) -> None:
+    for replica in pair.replicas:
+        replica.hangs = True
+    with pytest.raises(DeadlineExceeded):
+        await pair.sign(deadline_ms=60)
+    assert [server.replica.outstanding for server in pair.cluster.servers] == [0, 0]
+    assert pair.cluster.servers[0].last_error is not None
+
+
+async def test_a_client_that_leaves_frees_everything(pair: Rig) -> None:
+    pair.replicas[0].hangs = True
+    request = asyncio.create_task(pair.sign())
+    while not pair.replicas[0].held:
+        await asyncio.sleep(0)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    assert pair.cluster.servers[0].replica.outstanding == 0
+    assert pair.replicas[0].held[0].cancelled()
+
+
+async def test_one_alone_fails_as_it_says_and_is_asked_again_next_time(alone: Rig) -> None:
+    alone.replicas[0].error = Unavailable("restarting")
+    with pytest.raises(Unavailable, match="restarting"):
+        await alone.sign()
+    assert alone.replicas[0].asked == 1
+    alone.replicas[0].error = None
+    assert await alone.sign() == b"one"
+
+
+async def test_schemes_that_nobody_knows_share_one_class(pair: Rig) -> None:
+    for scheme in range(0x2000, 0x2100):
+        await pair.cluster.sign(SignFrame(1, LONG_MS, scheme, 1, KeyId("k"), b"m"))
+    assert all(len(server.replica.lanes) <= 1 for server in pair.cluster.servers)
