@@ -412,3 +412,90 @@ def test_catalog_of_the_release_before_gets_its_rates(open_catalog: Opener, url:
     assert found.grant == grant(key_id)
     limited = replace(grant(key_id), rate=Rate(5, 9))
     assert after.put_grant(limited).grant == limited
+
+
+def disabled_key(catalog: Catalog, request_id: str = "r1") -> KeyId:
+    key_id = make_key(catalog, request_id).key_id
+    assert catalog.change_state(key_id, to=KeyState.DISABLED, from_states=(KeyState.ENABLED,)) is not None
+    return key_id
+
+
+def test_destruction_is_scheduled_cancelled_and_begun_when_due(catalog: Catalog) -> None:
+    enabled = make_key(catalog, "enabled").key_id
+    assert catalog.schedule_destruction(enabled, at=NOW, permit=b"p") is None
+    key_id = disabled_key(catalog)
+    pending = catalog.schedule_destruction(key_id, at=NOW + HOUR, permit=b"permit")
+    assert pending is not None
+    assert (pending.state, pending.life.destroy_at) == (KeyState.PENDING_DESTRUCTION, NOW + HOUR)
+    assert catalog.schedule_destruction(key_id, at=NOW, permit=b"sooner") is None
+    assert catalog.change_state(key_id, to=KeyState.ENABLED, from_states=(KeyState.DISABLED,)) is None
+    cancelled = catalog.cancel_destruction(key_id)
+    assert cancelled is not None
+    assert (cancelled.state, cancelled.life.destroy_at) == (KeyState.DISABLED, None)
+    assert catalog.cancel_destruction(key_id) is None
+    catalog.schedule_destruction(key_id, at=NOW + HOUR, permit=b"permit")
+    assert catalog.begin_destructions(now=NOW + HOUR - timedelta(microseconds=1)) == []
+    assert catalog.unfinished_destructions() == []
+    assert [entry.state for entry in catalog.begin_destructions(now=NOW + HOUR)] == [KeyState.DESTROYED]
+    assert catalog.cancel_destruction(key_id) is None
+    (doomed,) = catalog.unfinished_destructions()
+    assert (doomed.key_id, doomed.sealed_record, doomed.permit) == (key_id, b"sealed", b"permit")
+    assert "sealed" not in repr(doomed).replace("sealed_record", "")
+    catalog.wipe_record(key_id)
+    assert catalog.unfinished_destructions() == []
+
+
+def test_replicas_do_not_fight_over_a_destruction(open_catalog: Opener) -> None:
+    catalogs = [open_catalog() for _ in range(3)]
+    key_ids = {disabled_key(catalogs[0], f"r{number}") for number in range(4)}
+    for key_id in key_ids:
+        catalogs[0].schedule_destruction(key_id, at=NOW, permit=b"p")
+    with ThreadPoolExecutor(3) as pool:
+        begun = [entry.key_id for entries in pool.map(begin_patiently, catalogs) for entry in entries]
+    assert sorted(begun) == sorted(key_ids)
+
+
+def begin_patiently(catalog: Catalog) -> list[KeyEntry]:
+    for _ in range(20):
+        try:
+            return catalog.begin_destructions(now=NOW)
+        except StorageBusy:
+            continue
+    raise AssertionError("the catalog stayed locked")
+
+
+def test_round_with_nothing_due_writes_nothing(catalog: Catalog) -> None:
+    key_id = disabled_key(catalog)
+    catalog.schedule_destruction(key_id, at=NOW + HOUR, permit=b"p")
+    changes = catalog.changes_since(-1)
+    assert changes is not None
+    catalog.begin_destructions(now=NOW)
+    assert catalog.changes_since(changes.seq) is None
+
+
+def test_key_that_waits_is_a_disabled_one_to_the_release_before(catalog: Catalog, url: URL) -> None:
+    key_id = disabled_key(catalog)
+    catalog.schedule_destruction(key_id, at=NOW, permit=b"p")
+    engine = create_engine(url.set(drivername="postgresql+psycopg") if url.drivername.startswith("postgres") else url)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT state FROM keyreeve_keys")).scalar_one() == "disabled"
+    engine.dispose()
+
+
+def test_time_is_the_databases_own_where_it_has_a_clock(catalog: Catalog, url: URL) -> None:
+    told = catalog.database_time(NOW)
+    if url.drivername.startswith("sqlite"):
+        assert told == NOW
+    else:
+        assert abs(told - datetime.now(UTC)) < HOUR  # one machine here; what counts is that it is not NOW
+
+
+def test_faulty_key_is_disabled_once_with_its_reason(catalog: Catalog) -> None:
+    key_id = make_key(catalog).key_id
+    faulty = catalog.disable_faulty(key_id, reason="it signs with another key")
+    assert faulty is not None
+    assert (faulty.state, faulty.life.state_reason) == (KeyState.DISABLED, "it signs with another key")
+    assert catalog.disable_faulty(key_id, reason="again") is None
+    enabled = catalog.change_state(key_id, to=KeyState.ENABLED, from_states=(KeyState.DISABLED,))
+    assert enabled is not None
+    assert enabled.life.state_reason == ""

@@ -185,7 +185,7 @@ class KeyAdminClient:
         return _key(self._call(self._keys.EnableKey, keyserver_pb2.EnableKeyRequest(key_id=key_id)))
 
     def destroy_key(self, key_id: str) -> ClusterKey:
-        """Cannot be undone; only for a disabled key."""
+        """Only for a disabled key: after the server's waiting time it is destroyed, unless that is cancelled before."""
         return _key(self._call(self._keys.DestroyKey, keyserver_pb2.DestroyKeyRequest(key_id=key_id)))
 
     def create_grant(

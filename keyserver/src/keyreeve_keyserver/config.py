@@ -100,6 +100,19 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class KeysConfig:
+    """`destruction_wait` is the shortest time between scheduling a destruction and the destruction; 0s destroys at once."""
+
+    destruction_wait: timedelta = timedelta(days=7)
+    reap_interval: timedelta = timedelta(seconds=10)
+
+    def __post_init__(self) -> None:
+        if self.destruction_wait > timedelta(days=365):
+            raise ConfigInvalid("destruction_wait: allowed are 0s to 365d")
+        _require_range("reap_interval", self.reap_interval, low="100ms", high="1h")
+
+
+@dataclass(frozen=True, slots=True)
 class SupervisorConfig:
     """Restarts: the first at once, later ones after a back-off that doubles; `max_restarts` within `window` ends the supervisor."""
 
@@ -140,6 +153,7 @@ class KeyServerConfig:
     callers: Callers = field(default_factory=Callers)
     catalog: CatalogConfig = field(default_factory=CatalogConfig)
     limits: Limits = field(default_factory=Limits)
+    keys: KeysConfig = field(default_factory=KeysConfig)
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

@@ -135,6 +135,7 @@ class FakeKeyServer(
     keys: dict[str, keyserver_pb2.Key] = field(default_factory=dict)
     grants: dict[tuple[str, str], keyserver_pb2.Grant] = field(default_factory=dict)
     created: list[keyserver_pb2.CreateKeyRequest] = field(default_factory=list)
+    scheduled: list[keyserver_pb2.ScheduleKeyDestructionRequest] = field(default_factory=list)
     svid_lifetime: timedelta = timedelta(hours=12)
     backend_detail: str = ""
 
@@ -161,10 +162,18 @@ class FakeKeyServer(
     async def EnableKey(self, request: keyserver_pb2.EnableKeyRequest, context: Any) -> keyserver_pb2.Key:
         return self._move(request.key_id, keyserver_pb2.KEY_STATE_ENABLED)
 
-    async def DestroyKey(self, request: keyserver_pb2.DestroyKeyRequest, context: Any) -> keyserver_pb2.Key:
+    async def ScheduleKeyDestruction(
+        self, request: keyserver_pb2.ScheduleKeyDestructionRequest, context: Any
+    ) -> keyserver_pb2.Key:
         if self._key(request.key_id).state != keyserver_pb2.KEY_STATE_DISABLED:
             raise FailedPrecondition("only a disabled key can be destroyed")
-        return self._move(request.key_id, keyserver_pb2.KEY_STATE_DESTROYED)
+        self.scheduled.append(request)
+        return self._move(request.key_id, keyserver_pb2.KEY_STATE_PENDING_DESTRUCTION)
+
+    async def CancelKeyDestruction(
+        self, request: keyserver_pb2.CancelKeyDestructionRequest, context: Any
+    ) -> keyserver_pb2.Key:
+        return self._move(request.key_id, keyserver_pb2.KEY_STATE_DISABLED)
 
     def _key(self, key_id: str) -> keyserver_pb2.Key:
         if key_id == "k-busy":

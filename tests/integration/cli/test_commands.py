@@ -143,7 +143,9 @@ def test_the_life_of_a_key(services: Services) -> None:
     assert services.json("key", "disable", key_id)["state"] == "disabled"
     assert services.json("key", "enable", key_id)["state"] == "enabled"
     services.json("key", "disable", key_id)
-    assert services.json("key", "destroy", key_id, "--yes")["state"] == "destroyed"
+    assert services.json("key", "destroy", key_id, "--yes", "--after", "30d")["state"] == "pending_destruction"
+    assert services.key_server.scheduled[0].after.ToSeconds() == 30 * 86_400
+    assert services.json("key", "cancel-destruction", key_id)["state"] == "disabled"
     assert services.run("key", "show", "k-9")[2] == "error: key_not_found: no such key, or no grant for this caller\n"
 
 

@@ -1,9 +1,10 @@
-"""What becomes of keys, with real processes: a key that fails its self-test is disabled and the server goes on."""
+"""What becomes of keys, with real processes: a key that fails its self-test is disabled, a destruction waits and is carried out once."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from keyreeve_common.v1 import keyserver_pb2
 from keyreeve_keyserver.domain.keys import KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.signer.sealing import PassphraseKey, Sealer, load_kdf_parameters
-from keyreeve_testing.keyserver import KeyServerRig, Stubs, verify_p256
+from keyreeve_testing.keyserver import KeyServerRig, Stubs, create_request, verify_p256
 from keyreeve_testing.softhsm import make_softhsm_token, softhsm_is_installed
 
 SECONDS = 20
@@ -121,3 +122,69 @@ def test_token_object_that_was_swapped_is_disabled(tmp_path: Path) -> None:
             [sys.executable, "-c", SWAP, *arguments], check=True, env={**os.environ, "SOFTHSM2_CONF": str(token.conf)}
         )
         check_faulty_key_is_disabled(rig, faulty.key_id, other)
+
+
+KEYS = '[keys]\ndestruction_wait = "1s"\nreap_interval = "100ms"\n'
+
+
+def schedule(stubs: Stubs, key_id: str, *, seconds: int) -> keyserver_pb2.Key:
+    request = keyserver_pb2.ScheduleKeyDestructionRequest(key_id=key_id)
+    request.after.FromSeconds(seconds)
+    return stubs.keys.ScheduleKeyDestruction(request, timeout=SECONDS)
+
+
+def disable(stubs: Stubs, key_id: str) -> None:
+    stubs.keys.DisableKey(keyserver_pb2.DisableKeyRequest(key_id=key_id), timeout=SECONDS)
+
+
+def test_destruction_waits_can_be_cancelled_and_survives_a_kill(tmp_path: Path) -> None:
+    rig = KeyServerRig(tmp_path, extra=KEYS)
+    agent = rig.pki.svid("agent/a")
+    with rig.running():
+        kept, doomed = rig.create_key("kept").key_id, rig.create_key("doomed").key_id
+        with rig.local() as local:
+            rig.grant(kept, agent.spiffe_id)
+            assert refusal_of(lambda: schedule(local, kept, seconds=60)) == "failed_precondition"
+            for key_id in (kept, doomed):
+                disable(local, key_id)
+            assert refusal_of(lambda: schedule(local, kept, seconds=0)) == "invalid_request"
+            pending = schedule(local, kept, seconds=3600)
+            assert pending.state == keyserver_pb2.KEY_STATE_PENDING_DESTRUCTION
+            assert pending.life.HasField("destroy_at")
+            enable = keyserver_pb2.EnableKeyRequest(key_id=kept)
+            assert refusal_of(lambda: local.keys.EnableKey(enable, timeout=SECONDS)) == "failed_precondition"
+            with rig.caller(agent) as stubs:
+                assert refusal_of(lambda: stubs.sign(kept)) == "key_disabled"
+            cancel = keyserver_pb2.CancelKeyDestructionRequest(key_id=kept)
+            assert local.keys.CancelKeyDestruction(cancel, timeout=SECONDS).state == keyserver_pb2.KEY_STATE_DISABLED
+            schedule(local, doomed, seconds=1)
+        for pid in rig.pids():
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: len(rig.process.events_named("ready")) > 1, "the key server did not come back")
+        wait_for(lambda: is_destroyed(rig, doomed), "the key was not destroyed")
+        with rig.local() as local:
+            assert local.keys.EnableKey(enable, timeout=SECONDS).state == keyserver_pb2.KEY_STATE_ENABLED
+            local.keys.CreateKey(create_request("doomed"), timeout=SECONDS)  # its request id still finds it, destroyed
+        with rig.caller(agent) as stubs:
+            stubs.sign(kept)
+
+
+def is_destroyed(rig: KeyServerRig, key_id: str) -> bool:
+    """Destroyed by name, and its record is gone."""
+    with sqlite3.connect(rig.state / "catalog.sqlite3") as catalog:
+        query = "SELECT state, sealed_record, destruction_permit FROM keyreeve_keys WHERE key_id = ?"
+        return bool(catalog.execute(query, [key_id]).fetchone() == ("destroyed", None, None))
+
+
+@pytest.mark.softhsm
+@pytest.mark.skipif(not softhsm_is_installed(), reason="softhsm2 is not installed")
+def test_destroyed_key_is_gone_from_its_token(tmp_path: Path) -> None:
+    token = make_softhsm_token(tmp_path / "softhsm")
+    rig = KeyServerRig(tmp_path / "rig", token=token, default_backend="hsm", extra=KEYS)
+    with rig.running(), rig.local() as local:
+        key = rig.create_key("doomed")
+        objects = set(token.directory.rglob("*.object"))
+        disable(local, key.key_id)
+        schedule(local, key.key_id, seconds=1)
+        wait_for(lambda: is_destroyed(rig, key.key_id), "the key was not destroyed")
+        assert len(set(token.directory.rglob("*.object"))) == len(objects) - 2  # private and public half

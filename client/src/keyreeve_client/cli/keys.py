@@ -22,8 +22,8 @@ from keyreeve_client.cli.output import Output, show_list, show_one
 
 app = typer.Typer(no_args_is_help=True, help="Keys of the key server.")
 grants = typer.Typer(no_args_is_help=True, help="Who may use which key.")
-_COLUMNS = ("key_id", "key_type", "role", "state", "backend", "label", "attributes", "signatures")
 _GRANT_COLUMNS = ("key_id", "holder", "purposes", "expires_at", "revoked_at", "rate")
+_COLUMNS = ("key_id", "key_type", "role", "state", "life", "generation", "backend", "label", "attributes", "signatures")
 
 KeyIdArgument = Annotated[str, typer.Argument(help="The key's id.")]
 KeyIdOption = Annotated[str, typer.Option("--key-id", help="The key's id.")]
@@ -101,16 +101,32 @@ def enable(key_id: KeyIdArgument, socket: KeyServerSocket = DEFAULT_KEY_SERVER_S
 @app.command("destroy")
 def destroy(
     key_id: KeyIdArgument,
+    *,
+    after: Annotated[
+        str | None, typer.Option("--after", help="Waiting time, such as 30d; the server's shortest unless told.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET,
     output: Output = None,
 ) -> None:
-    """Destroys a disabled key for ever."""
+    """Schedules the destruction of a disabled key; `cancel-destruction` stops it while the waiting time runs."""
     if not yes:
-        typer.confirm(f"Destroy key {key_id} for ever?", abort=True, err=True)
-    request = keyserver_pb2.DestroyKeyRequest(key_id=arguments.key_id(key_id))
+        typer.confirm(f"Destroy key {key_id} for ever, after the waiting time?", abort=True, err=True)
+    request = keyserver_pb2.ScheduleKeyDestructionRequest(
+        key_id=arguments.key_id(key_id), after=arguments.duration_proto(after)
+    )
     with key_server(socket) as stubs:
-        show_one(stubs.keys.DestroyKey(request, timeout=TIMEOUT_S), output)
+        show_one(stubs.keys.ScheduleKeyDestruction(request, timeout=TIMEOUT_S), output)
+
+
+@app.command("cancel-destruction")
+def cancel_destruction(
+    key_id: KeyIdArgument, socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET, output: Output = None
+) -> None:
+    """Keeps a key that was to be destroyed; it stays disabled."""
+    request = keyserver_pb2.CancelKeyDestructionRequest(key_id=arguments.key_id(key_id))
+    with key_server(socket) as stubs:
+        show_one(stubs.keys.CancelKeyDestruction(request, timeout=TIMEOUT_S), output)
 
 
 @grants.command("list")

@@ -184,6 +184,16 @@ class KeyAdminStub:
                 request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.DestroyKeyRequest.SerializeToString,
                 response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
                 _registered_method=True)
+        self.ScheduleKeyDestruction = channel.unary_unary(
+                '/keyreeve.keyserver.v1.KeyAdmin/ScheduleKeyDestruction',
+                request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.ScheduleKeyDestructionRequest.SerializeToString,
+                response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
+                _registered_method=True)
+        self.CancelKeyDestruction = channel.unary_unary(
+                '/keyreeve.keyserver.v1.KeyAdmin/CancelKeyDestruction',
+                request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.CancelKeyDestructionRequest.SerializeToString,
+                response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
+                _registered_method=True)
 
 
 class KeyAdminServicer:
@@ -221,8 +231,21 @@ class KeyAdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DestroyKey(self, request, context):
-        """Only a disabled key can be destroyed; it cannot be undone.
+        """ScheduleKeyDestruction with the shortest waiting time that is configured; at once where that is 0.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScheduleKeyDestruction(self, request, context):
+        """Only a disabled key: it is destroyed when the waiting time is over, unless that is cancelled before. A second call changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelKeyDestruction(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -258,6 +281,16 @@ def add_KeyAdminServicer_to_server(servicer, server):
             'DestroyKey': grpc.unary_unary_rpc_method_handler(
                     servicer.DestroyKey,
                     request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.DestroyKeyRequest.FromString,
+                    response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.SerializeToString,
+            ),
+            'ScheduleKeyDestruction': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScheduleKeyDestruction,
+                    request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.ScheduleKeyDestructionRequest.FromString,
+                    response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.SerializeToString,
+            ),
+            'CancelKeyDestruction': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelKeyDestruction,
+                    request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.CancelKeyDestructionRequest.FromString,
                     response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.SerializeToString,
             ),
     }
@@ -423,6 +456,60 @@ class KeyAdmin:
             target,
             '/keyreeve.keyserver.v1.KeyAdmin/DestroyKey',
             keyreeve__common_dot_v1_dot_keyserver__pb2.DestroyKeyRequest.SerializeToString,
+            keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScheduleKeyDestruction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/keyreeve.keyserver.v1.KeyAdmin/ScheduleKeyDestruction',
+            keyreeve__common_dot_v1_dot_keyserver__pb2.ScheduleKeyDestructionRequest.SerializeToString,
+            keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelKeyDestruction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/keyreeve.keyserver.v1.KeyAdmin/CancelKeyDestruction',
+            keyreeve__common_dot_v1_dot_keyserver__pb2.CancelKeyDestructionRequest.SerializeToString,
             keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
             options,
             channel_credentials,

@@ -79,7 +79,10 @@ class KeyAdminStub:
     DisableKey: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.DisableKeyRequest, _keyserver_pb2.Key]
     EnableKey: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.EnableKeyRequest, _keyserver_pb2.Key]
     DestroyKey: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.DestroyKeyRequest, _keyserver_pb2.Key]
-    """Only a disabled key can be destroyed; it cannot be undone."""
+    """ScheduleKeyDestruction with the shortest waiting time that is configured; at once where that is 0."""
+    ScheduleKeyDestruction: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.ScheduleKeyDestructionRequest, _keyserver_pb2.Key]
+    """Only a disabled key: it is destroyed when the waiting time is over, unless that is cancelled before. A second call changes nothing."""
+    CancelKeyDestruction: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.CancelKeyDestructionRequest, _keyserver_pb2.Key]
 
 @_typing.type_check_only
 class KeyAdminAsyncStub(KeyAdminStub):
@@ -92,7 +95,10 @@ class KeyAdminAsyncStub(KeyAdminStub):
     DisableKey: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.DisableKeyRequest, _keyserver_pb2.Key]  # type: ignore[assignment]
     EnableKey: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.EnableKeyRequest, _keyserver_pb2.Key]  # type: ignore[assignment]
     DestroyKey: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.DestroyKeyRequest, _keyserver_pb2.Key]  # type: ignore[assignment]
-    """Only a disabled key can be destroyed; it cannot be undone."""
+    """ScheduleKeyDestruction with the shortest waiting time that is configured; at once where that is 0."""
+    ScheduleKeyDestruction: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.ScheduleKeyDestructionRequest, _keyserver_pb2.Key]  # type: ignore[assignment]
+    """Only a disabled key: it is destroyed when the waiting time is over, unless that is cancelled before. A second call changes nothing."""
+    CancelKeyDestruction: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.CancelKeyDestructionRequest, _keyserver_pb2.Key]  # type: ignore[assignment]
 
 class KeyAdminServicer(metaclass=_abc_1.ABCMeta):
     """For key administrators: the CA and local operators."""
@@ -138,7 +144,22 @@ class KeyAdminServicer(metaclass=_abc_1.ABCMeta):
         request: _keyserver_pb2.DestroyKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_keyserver_pb2.Key, _abc.Awaitable[_keyserver_pb2.Key]]:
-        """Only a disabled key can be destroyed; it cannot be undone."""
+        """ScheduleKeyDestruction with the shortest waiting time that is configured; at once where that is 0."""
+
+    @_abc_1.abstractmethod
+    def ScheduleKeyDestruction(
+        self,
+        request: _keyserver_pb2.ScheduleKeyDestructionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keyserver_pb2.Key, _abc.Awaitable[_keyserver_pb2.Key]]:
+        """Only a disabled key: it is destroyed when the waiting time is over, unless that is cancelled before. A second call changes nothing."""
+
+    @_abc_1.abstractmethod
+    def CancelKeyDestruction(
+        self,
+        request: _keyserver_pb2.CancelKeyDestructionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keyserver_pb2.Key, _abc.Awaitable[_keyserver_pb2.Key]]: ...
 
 def add_KeyAdminServicer_to_server(servicer: KeyAdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -208,7 +208,9 @@ class Catalog(GrantRows, KeyLifeRows):
         with self._write() as (connection, seq):
             destroyed = keys.c.state == KeyState.DESTROYED.value
             connection.execute(
-                update(keys).where(keys.c.key_id == key_id, destroyed).values(sealed_record=None, seq=seq)
+                update(keys)
+                .where(keys.c.key_id == key_id, destroyed)
+                .values(sealed_record=None, destruction_permit=None, seq=seq)
             )
 
     # Following

@@ -7,17 +7,29 @@ has a clock (PostgreSQL): a replica whose clock is wrong ends nothing early.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
 
 from keyreeve_common.key_id import KeyId
-from sqlalchemy import Connection, and_, update
+from sqlalchemy import Connection, and_, select, text, update
 
-from keyreeve_keyserver.catalog.records import KeyEntry, key_entry
+from keyreeve_keyserver.catalog.records import KeyEntry, key_entry, time_from_number, time_to_number
 from keyreeve_keyserver.catalog.schema import keys
 from keyreeve_keyserver.domain.keys import KeyState
 
 # Not the sealed record and the permit: whoever looks at keys has no use for them.
 _COLUMNS = [column for column in keys.columns if column.name not in ("sealed_record", "destruction_permit")]
+_POSTGRESQL_NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 IS_PENDING = and_(keys.c.state == KeyState.DISABLED.value, keys.c.destroy_at.is_not(None))
+
+
+@dataclass(frozen=True, slots=True)
+class Doomed:
+    """A key that the catalog calls destroyed and whose private half may still be there."""
+
+    key_id: KeyId
+    sealed_record: bytes = field(repr=False)
+    permit: bytes = field(repr=False)
 
 
 class KeyLifeRows:
@@ -39,3 +51,53 @@ class KeyLifeRows:
                 .returning(*_COLUMNS)
             ).one_or_none()
         return None if row is None else key_entry(row)
+
+    def database_time(self, here: datetime) -> datetime:
+        """PostgreSQL's clock, which all replicas share; with SQLite, on one machine, what this machine's clock says: `here`."""
+        with self._read() as connection:
+            if connection.dialect.name != "postgresql":
+                return here
+            return time_from_number(int(connection.execute(_POSTGRESQL_NOW).scalar_one()))
+
+    def schedule_destruction(self, key_id: KeyId, *, at: datetime, permit: bytes) -> KeyEntry | None:
+        """None when the key is not a disabled one without a destruction to come."""
+        with self._write() as (connection, seq):
+            row = connection.execute(
+                update(keys)
+                .where(keys.c.key_id == key_id, keys.c.state == KeyState.DISABLED.value, ~IS_PENDING)
+                .values(destroy_at=time_to_number(at), destruction_permit=permit, seq=seq)
+                .returning(*_COLUMNS)
+            ).one_or_none()
+        return None if row is None else key_entry(row)
+
+    def cancel_destruction(self, key_id: KeyId) -> KeyEntry | None:
+        """The key is disabled as before. None when no destruction is to come, or it has begun."""
+        with self._write() as (connection, seq):
+            row = connection.execute(
+                update(keys)
+                .where(keys.c.key_id == key_id, IS_PENDING)
+                .values(destroy_at=None, destruction_permit=None, seq=seq)
+                .returning(*_COLUMNS)
+            ).one_or_none()
+        return None if row is None else key_entry(row)
+
+    def begin_destructions(self, *, now: datetime) -> list[KeyEntry]:
+        """Calls destroyed what is due: from here on there is no way back. Each key is given to one replica."""
+        due = and_(IS_PENDING, keys.c.destroy_at <= time_to_number(now))
+        with self._read() as connection:
+            if connection.execute(select(keys.c.key_id).where(due).limit(1)).first() is None:
+                return []  # a write would have every replica look for changes
+        with self._write() as (connection, seq):
+            begun = update(keys).where(due).values(state=KeyState.DESTROYED.value, seq=seq).returning(*_COLUMNS)
+            return [key_entry(row) for row in connection.execute(begun)]
+
+    def unfinished_destructions(self, *, limit: int = 100) -> list[Doomed]:
+        """Destroyed by name, with a record that the signer has still to destroy: now, or since a crash."""
+        wanted = [keys.c.key_id, keys.c.sealed_record, keys.c.destruction_permit]
+        unfinished = and_(keys.c.state == KeyState.DESTROYED.value, keys.c.sealed_record.is_not(None))
+        with self._read() as connection:
+            found = connection.execute(select(*wanted).where(unfinished).order_by(keys.c.key_id).limit(limit))
+            return [
+                Doomed(KeyId(row.key_id), bytes(row.sealed_record), bytes(row.destruction_permit or b""))
+                for row in found
+            ]

@@ -29,6 +29,7 @@ from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.grants import GrantsServicer
 from keyreeve_keyserver.frontend.health import HealthServicer
 from keyreeve_keyserver.frontend.key_admin import KeyAdminServicer
+from keyreeve_keyserver.frontend.key_life import KeyLifeService
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics, SignerMetrics
 from keyreeve_keyserver.frontend.service_identity import ServiceIdentityServicer
 from keyreeve_keyserver.frontend.signer_link import SignerLink
@@ -117,6 +118,7 @@ class FrontEnd:
             if catalog.url.get_backend_name() == "postgresql":
                 tasks.append(asyncio.create_task(ChangeListener(catalog.url, access.wake).run()))
             tasks.append(asyncio.create_task(_as_coroutine(serve_signer(self._link))))
+            tasks.append(asyncio.create_task(self._life.reap(self._config.keys.reap_interval)))
             self._servicers = servicers
             if self._config.canary.interval:
                 canary = self._config.canary
@@ -151,6 +153,9 @@ class FrontEnd:
         engine = SigningEngine(self._link, threads, control_timeout=config.limits.control_timeout, metrics=metrics)
         access.on_disabled = engine.forget
         engine.on_faulty = access.apply_key
+        self._life = KeyLifeService(
+            threads=threads, access=access, link=self._link, engine=engine, config=config, clock=clock
+        )
         self._identity = TlsIdentity(
             config.state_dir, trust_domain=config.trust_domain, spiffe_id=config.spiffe_id, clock=clock
         )
@@ -162,6 +167,7 @@ class FrontEnd:
                 access=access,
                 link=self._link,
                 engine=engine,
+                life=self._life,
                 trust_domain=config.trust_domain,
                 control_timeout=config.limits.control_timeout,
                 clock=clock,

@@ -30,7 +30,8 @@ from keyreeve_keyserver.catalog.records import KeyEntry, NewKey
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
 from keyreeve_keyserver.frontend.engine import SigningEngine
-from keyreeve_keyserver.frontend.protos import key_to_proto, new_key_from_proto
+from keyreeve_keyserver.frontend.key_life import KeyLifeService
+from keyreeve_keyserver.frontend.protos import key_to_proto, new_key_from_proto, wait_from_proto
 from keyreeve_keyserver.frontend.signer_link import SignerLink
 
 DEFAULT_PAGE, MAX_PAGE = 100, 1000
@@ -44,6 +45,7 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         access: Access,
         link: SignerLink,
         engine: SigningEngine,
+        life: KeyLifeService,
         trust_domain: TrustDomain,
         control_timeout: timedelta,
         clock: Callable[[], datetime],
@@ -52,6 +54,7 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         self._access = access
         self._link = link
         self._engine = engine
+        self._life = life
         self._trust_domain = trust_domain
         self._timeout_s = control_timeout.total_seconds()
         self._clock = clock
@@ -94,14 +97,20 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         return self._shown(await self._move(parse_key_id(request.key_id), KeyState.ENABLED, KeyState.DISABLED))
 
     async def DestroyKey(self, request: keyserver_pb2.DestroyKeyRequest, context: Any) -> keyserver_pb2.Key:
-        """First the catalog, so that no replica uses it; then the signer; last the record. A retry goes on where this stopped."""
-        key_id = parse_key_id(request.key_id)
-        entry = await self._move(key_id, KeyState.DESTROYED, KeyState.DISABLED)
-        record = await self._threads.run(self._catalog.sealed_record, key_id)
-        if record is not None:
-            await self._destroy(record)
-            await self._threads.run(self._catalog.wipe_record, key_id)
+        return self._shown(await self._life.schedule_destruction(parse_key_id(request.key_id), after=None))
+
+    async def ScheduleKeyDestruction(
+        self, request: keyserver_pb2.ScheduleKeyDestructionRequest, context: Any
+    ) -> keyserver_pb2.Key:
+        after = wait_from_proto(request.after) if request.HasField("after") else None
+        approvals = tuple(request.approvals)
+        entry = await self._life.schedule_destruction(parse_key_id(request.key_id), after=after, approvals=approvals)
         return self._shown(entry)
+
+    async def CancelKeyDestruction(
+        self, request: keyserver_pb2.CancelKeyDestructionRequest, context: Any
+    ) -> keyserver_pb2.Key:
+        return self._shown(await self._life.cancel_destruction(parse_key_id(request.key_id)))
 
     async def _move(self, key_id: KeyId, to: KeyState, origin: KeyState) -> KeyEntry:
         entry = await self._threads.run(self._catalog.change_state, key_id, to=to, from_states=(origin,))
@@ -190,13 +199,10 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
             return await self._made_elsewhere(entry.key_id)
         return await self._create(renamed)
 
-    async def _destroy(self, record: bytes) -> None:
-        encoded = base64.b64encode(record).decode("ascii")
-        await self._link.control("destroy_key", timeout=self._timeout_s, record=encoded)
-
     async def _destroy_quietly(self, key_id: KeyId, record: bytes) -> None:
         try:
-            await self._destroy(record)
+            encoded = base64.b64encode(record).decode("ascii")
+            await self._link.control("destroy_key", timeout=self._timeout_s, record=encoded)
         except KeyreeveError as error:
             log_warning("unused_key_left_in_backend", key_id=key_id, detail=error.detail)
 

@@ -41,6 +41,7 @@ _ROLE_NUMBERS = {member: number for number, member in _ROLES.items()}
 _STATE_NUMBERS = {member: number for number, member in _STATES.items()}
 _KIND_NUMBERS = {member: number for number, member in _KINDS.items()}
 _SECOND = timedelta(seconds=1)
+_MAX_WAIT_SECONDS = 10 * 366 * 86_400
 
 
 def new_key_from_proto(request: keyserver_pb2.CreateKeyRequest, own: TrustDomain) -> NewKey:
@@ -142,6 +143,13 @@ def key_type_to_proto(name: str) -> types_pb2.KeyType.ValueType:
     """The number of a key type by its name; unspecified for one that this program does not know."""
     found = _KEY_TYPE_NUMBERS.get(KeyType(name)) if name in set(KeyType) else None
     return found if found is not None else types_pb2.KEY_TYPE_UNSPECIFIED
+
+
+def wait_from_proto(message: Duration) -> timedelta:
+    """Raises: InvalidRequest for a duration that is no whole number of seconds, or out of bounds."""
+    if not 0 <= message.seconds <= _MAX_WAIT_SECONDS or message.nanos:
+        raise InvalidRequest(f"after: allowed are 0 to {_MAX_WAIT_SECONDS} s, whole seconds")
+    return _SECOND * message.seconds
 
 
 def time_from_proto(message: Timestamp, field: str) -> datetime:

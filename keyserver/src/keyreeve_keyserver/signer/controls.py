@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from keyreeve_common.errors import (
@@ -36,6 +36,7 @@ from keyreeve_keyserver.domain.keys import (
 )
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import Control, JsonObject
+from keyreeve_keyserver.signer.destruction import MAX_WAIT_SECONDS, DestructionPermit
 from keyreeve_keyserver.signer.metrics import SignerMetrics
 from keyreeve_keyserver.signer.sealing import Sealer
 from keyreeve_keyserver.signer.self_test import load_tested
@@ -71,6 +72,7 @@ class ControlService:
             "create_key": self._create_key,
             "load_key": self._load_key,
             "forget_key": self._forget_key,
+            "permit_destruction": self._permit_destruction,
             "destroy_key": self._destroy_key,
             "record": self._record,
         }
@@ -168,7 +170,8 @@ class ControlService:
             raise
 
     async def _load_key(self, arguments: JsonObject) -> JsonObject:
-        record, secret = await self._open(arguments)
+        _members(arguments, required=frozenset({"record"}))
+        record, secret = await self._open(_text(arguments, "record"))
         loaded = self._keys.get(record.key_id)
         if loaded is not None and loaded != record:
             raise Conflict("another record of this key id is loaded: forget that first")
@@ -182,8 +185,22 @@ class ControlService:
         self._forget(parse_key_id(_text(arguments, "key_id")))
         return {}
 
+    async def _permit_destruction(self, arguments: JsonObject) -> JsonObject:
+        """What `destroy_key` takes when the waiting time is over; where approvals are configured, it takes nothing else."""
+        _members(arguments, required=frozenset({"record", "wait_s"}), optional=frozenset({"approvals"}))
+        record, _ = await self._open(_text(arguments, "record"))
+        wait = timedelta(seconds=_whole(arguments, "wait_s", high=MAX_WAIT_SECONDS))
+        permit = DestructionPermit.of(record, not_before=self._now() + wait)
+        log("destruction_permitted", key_id=record.key_id, not_before=permit.not_before.isoformat())
+        sealed = await self._sealer.seal_note(permit.to_bytes())
+        return {"permit": base64.b64encode(sealed).decode("ascii")}
+
     async def _destroy_key(self, arguments: JsonObject) -> JsonObject:
-        record, _ = await self._open(arguments)
+        _members(arguments, required=frozenset({"record"}), optional=frozenset({"permit"}))
+        record, _ = await self._open(_text(arguments, "record"))
+        if arguments.get("permit") is not None:
+            note = await self._sealer.open_note(_base64(_text(arguments, "permit"), "permit"))
+            DestructionPermit.parse(note).check(record, now=self._now())
         backend = self._backend(record.backend)
         self._forget(record.key_id)
         await self._audit.append([self._key_record(Event.KEY_DESTROY_REQUESTED, record)])
@@ -207,13 +224,8 @@ class ControlService:
         if record is not None and record.backend in self._backends:
             self._backends[record.backend].forget(key_id)
 
-    async def _open(self, arguments: JsonObject) -> tuple[KeyRecord, Secret | None]:
-        _members(arguments, required=frozenset({"record"}))
-        try:
-            sealed = base64.b64decode(_text(arguments, "record").encode("ascii"), validate=True)
-        except (binascii.Error, UnicodeEncodeError):
-            raise SealedRecordInvalid("record is not base64") from None
-        return await self._sealer.open(sealed)
+    async def _open(self, encoded: str) -> tuple[KeyRecord, Secret | None]:
+        return await self._sealer.open(_base64(encoded, "record"))
 
     def _backend(self, name: str) -> Backend:
         backend = self._backends.get(name)
@@ -248,6 +260,20 @@ def _text(arguments: JsonObject, name: str) -> str:
     if not isinstance(value, str):
         raise InvalidRequest(f"{name} is not a string")
     return value
+
+
+def _whole(arguments: JsonObject, name: str, *, high: int) -> int:
+    value = arguments[name]
+    if type(value) is not int or not 0 <= value <= high:
+        raise InvalidRequest(f"{name} is not a whole number from 0 to {high}")
+    return value
+
+
+def _base64(text: str, name: str) -> bytes:
+    try:
+        return base64.b64decode(text.encode("ascii"), validate=True)
+    except (binascii.Error, UnicodeEncodeError):
+        raise SealedRecordInvalid(f"{name} is not base64") from None
 
 
 def _choice(kind: Any, arguments: JsonObject, name: str) -> Any:

@@ -28,6 +28,7 @@ from keyreeve_keyserver.domain.keys import KeyRecord, canonical_json, parse_reco
 from keyreeve_keyserver.domain.secret import Secret
 
 MAGIC = b"KRV1"
+NOTE_MAGIC = b"KRN1"  # begins the associated data too, where a record's has its header's brace
 NONCE_BYTES = 12
 TAG_BYTES = 16
 MAX_HEADER_BYTES = 65_536
@@ -65,12 +66,24 @@ class Sealer:
         except KeyreeveError as error:
             raise SealedRecordInvalid(f"record header: {error.detail}") from None
 
+    async def seal_note(self, note: bytes) -> bytes:
+        """A text of ours, in the clear, for somebody else to keep: it comes back as it was, or not at all. Never a key record's form."""
+        nonce = self._random(NONCE_BYTES)
+        return NOTE_MAGIC + bytes32(note) + nonce + await self._key.encrypt(nonce, NOTE_MAGIC + note, b"")
 
-def _split(sealed: bytes) -> tuple[bytes, bytes, bytes]:
+    async def open_note(self, sealed: bytes) -> bytes:
+        """Raises: SealedRecordInvalid, TokenUnavailable."""
+        note, nonce, box = _split(sealed, NOTE_MAGIC)
+        if await self._key.decrypt(nonce, NOTE_MAGIC + note, box):
+            raise SealedRecordInvalid("a note has an empty box")
+        return note
+
+
+def _split(sealed: bytes, magic: bytes = MAGIC) -> tuple[bytes, bytes, bytes]:
     reader = Reader(sealed)
     try:
-        if reader.take(len(MAGIC), "magic") != MAGIC:
-            raise SealedRecordInvalid("record does not begin with KRV1")
+        if reader.take(len(magic), "magic") != magic:
+            raise SealedRecordInvalid(f"record does not begin with {magic.decode('ascii')}")
         header = reader.bytes32("header", low=2, high=MAX_HEADER_BYTES)
         nonce = reader.take(NONCE_BYTES, "nonce")
     except MalformedFrame:

@@ -13,11 +13,14 @@ import pytest
 from keyreeve_common.errors import Conflict, InvalidRequest, KeyreeveError, StorageFull, Unavailable
 from keyreeve_common.grpc_edge import Peer, _current_peer
 from keyreeve_common.identity import TrustDomain
+from keyreeve_common.key_id import KeyId
 from keyreeve_common.v1 import keyserver_pb2, types_pb2
 from keyreeve_keyserver.catalog.catalog import Catalog
+from keyreeve_keyserver.config import KeysConfig, KeyServerConfig
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.key_admin import KeyAdminServicer
+from keyreeve_keyserver.frontend.key_life import KeyLifeService
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import SignerLink
 from sqlalchemy import URL
@@ -31,6 +34,7 @@ class ScriptedSigner:
     def __init__(self) -> None:
         self.capabilities = {"default_backend": "soft"}
         self.failures: list[KeyreeveError] = []
+        self.destroy_failures: list[KeyreeveError] = []
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.go = asyncio.Event()
         self.go.set()
@@ -40,10 +44,17 @@ class ScriptedSigner:
         await self.go.wait()
         if operation == "create_key" and self.failures:
             raise self.failures.pop(0)
-        return {"record": base64.b64encode(b"sealed").decode(), "spki_der": "", "attributes": {}}
+        if operation == "destroy_key" and self.destroy_failures:
+            raise self.destroy_failures.pop(0)
+        return {"record": base64.b64encode(b"sealed").decode(), "spki_der": "", "attributes": {}, "permit": ""}
 
     def named(self, operation: str) -> list[dict[str, Any]]:
         return [arguments for name, arguments in self.calls if name == operation]
+
+
+def config_of(path: Path) -> KeyServerConfig:
+    keys = KeysConfig(destruction_wait=timedelta(0))
+    return KeyServerConfig(TrustDomain("example.org"), path, path / "admin.sock", keys=keys)
 
 
 class Rig:
@@ -52,14 +63,20 @@ class Rig:
         self.threads = CatalogThreads(Catalog.open(url, busy_timeout=SECOND))
         self.signer = ScriptedSigner()
         link = cast("SignerLink", self.signer)
+        access = Access(self.threads, max_staleness=SECOND)
+        engine = SigningEngine(link, self.threads, control_timeout=SECOND, metrics=FrontEndMetrics())
+        clock = lambda: datetime(2026, 1, 1, tzinfo=UTC)  # noqa: E731 - one clock for both
         self.service = KeyAdminServicer(
             threads=self.threads,
-            access=Access(self.threads, max_staleness=SECOND),
+            access=access,
             link=link,
-            engine=SigningEngine(link, self.threads, control_timeout=SECOND, metrics=FrontEndMetrics()),
+            engine=engine,
+            life=KeyLifeService(
+                threads=self.threads, access=access, link=link, engine=engine, config=config_of(path), clock=clock
+            ),
             trust_domain=TrustDomain("example.org"),
             control_timeout=SECOND,
-            clock=lambda: datetime(2026, 1, 1, tzinfo=UTC),
+            clock=clock,
         )
 
     async def create(self, request_id: str = "r", label: str = "x") -> keyserver_pb2.Key:
@@ -174,17 +191,13 @@ async def test_concurrent_retries_ask_the_signer_once(rig: Rig) -> None:
     assert len(rig.signer.named("create_key")) == 1
 
 
-async def test_destroy_goes_on_where_it_stopped(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_destroy_goes_on_where_it_stopped(rig: Rig) -> None:
     key_id = (await rig.create()).key_id
     await rig.service.DisableKey(keyserver_pb2.DisableKeyRequest(key_id=key_id), None)
-
-    async def lost(*_: object, **__: object) -> None:
-        raise Unavailable("gone")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(rig.service, "_destroy", lost)
-        with pytest.raises(Unavailable):
-            await rig.service.DestroyKey(keyserver_pb2.DestroyKeyRequest(key_id=key_id), None)
+    rig.signer.destroy_failures = [Unavailable("gone")]
+    await rig.service.DestroyKey(keyserver_pb2.DestroyKeyRequest(key_id=key_id), None)
+    assert rig.threads.catalog.sealed_record(KeyId(key_id)) is not None
     gone = await rig.service.DestroyKey(keyserver_pb2.DestroyKeyRequest(key_id=key_id), None)
     assert gone.state == keyserver_pb2.KEY_STATE_DESTROYED
-    assert len(rig.signer.named("destroy_key")) == 1
+    assert rig.threads.catalog.sealed_record(KeyId(key_id)) is None
+    assert len(rig.signer.named("destroy_key")) == 2
