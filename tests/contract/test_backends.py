@@ -36,6 +36,7 @@ from keyreeve_common.verification import rsa_padding
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend, BackendState, CreatedKey, SignRequest
 from keyreeve_keyserver.backends.software import SoftwareBackend
+from keyreeve_keyserver.backends.worker_pool import PoolPolicy
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_testing.softhsm import SoftHsmToken, make_softhsm_token, softhsm_is_installed
 
@@ -345,7 +346,7 @@ async def test_killed_worker_loses_no_request(hsm: Pkcs11Backend) -> None:
 @softhsm
 @needs_softhsm
 async def test_stopped_worker_is_a_deadline_and_then_is_replaced(token: SoftHsmToken) -> None:
-    backend = Pkcs11Backend("hsm", settings_of(token, workers=1, call_timeout=timedelta(seconds=2)))
+    backend = Pkcs11Backend("hsm", settings_of(token, workers=1, policy=PoolPolicy(sign_timeout=timedelta(seconds=2))))
     await backend.start()
     record = await loaded_key(backend, KeyType.EC_P256)
     (pid,) = backend.worker_pids

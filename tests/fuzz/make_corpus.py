@@ -37,6 +37,7 @@ SEEDS: dict[str, dict[str, bytes]] = {
         "create": worker.Create("ref-1", "key-1", KeyType.EC_P256).to_bytes()[4:],
         "find": worker.Find("key-1").to_bytes()[4:],
         "destroy": worker.Destroy("key-1").to_bytes()[4:],
+        "ping": worker.Ping().to_bytes()[4:],
         "sign": worker.TokenSign((_SIGN, _SIGN)).to_bytes()[4:],
         "box": worker.Box(decrypt=True, label="kek", nonce=bytes(12), associated=b"h", data=b"d").to_bytes()[4:],
         "done": worker.Done({"key_types": ["ec-p256"]}).to_bytes()[4:],

@@ -50,6 +50,7 @@ class ErrorCode(StrEnum):
     SPIFFE_ID_INVALID = "spiffe_id_invalid"
     SVID_INVALID = "svid_invalid"
     SEALED_RECORD_INVALID = "sealed_record_invalid"
+    TOKEN_SESSIONS_EXHAUSTED = "token_sessions_exhausted"  # noqa: S105 - the name of an error
     KEY_SELF_TEST_FAILED = "key_self_test_failed"
     APPROVAL_REQUIRED = "approval_required"
     APPROVAL_INVALID = "approval_invalid"
@@ -103,6 +104,7 @@ RENDERINGS: dict[ErrorCode, Rendering] = {
     ErrorCode.SPIFFE_ID_INVALID: Rendering(36, "INVALID_ARGUMENT", 400),
     ErrorCode.SVID_INVALID: Rendering(37, "UNAUTHENTICATED", 401),
     ErrorCode.SEALED_RECORD_INVALID: Rendering(38, "FAILED_PRECONDITION", 500),
+    ErrorCode.TOKEN_SESSIONS_EXHAUSTED: Rendering(46, "UNAVAILABLE", 503),
     ErrorCode.KEY_SELF_TEST_FAILED: Rendering(40, "FAILED_PRECONDITION", 500),
     ErrorCode.APPROVAL_REQUIRED: Rendering(41, "PERMISSION_DENIED", 403),
     ErrorCode.APPROVAL_INVALID: Rendering(42, "PERMISSION_DENIED", 403),
@@ -249,6 +251,12 @@ class TokenUnavailable(Unavailable):
     """The PKCS#11 module, token or session cannot be used now."""
 
     default_code = ErrorCode.TOKEN_UNAVAILABLE
+
+
+class TokenSessionsExhausted(TokenUnavailable):
+    """The token has no session left for another worker."""
+
+    default_code = ErrorCode.TOKEN_SESSIONS_EXHAUSTED
 
 
 class TokenPinIncorrect(FailedPrecondition):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from keyreeve_common.pkcs11_uri import Pkcs11Uri
 
 from keyreeve_keyserver.backends.launch import WorkerSpec
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
+from keyreeve_keyserver.backends.worker_pool import PoolPolicy
 from keyreeve_keyserver.domain.keys import Custody
 from keyreeve_keyserver.frames import JsonObject
 
@@ -22,7 +22,7 @@ class Pkcs11Settings:
 
     token: Pkcs11Uri
     workers: int = 2
-    call_timeout: timedelta = timedelta(seconds=30)
+    policy: PoolPolicy = field(default_factory=PoolPolicy)
     softhsm_conf: Path | None = None
 
 
@@ -37,5 +37,5 @@ class Pkcs11Backend(WorkerBackend):
             WorkerSpec(name, PROGRAM, opens, {"pin_file": Path(settings.token.pin_source or "")}),
             custody=Custody.TOKEN_RESIDENT,
             workers=settings.workers,
-            call_timeout=settings.call_timeout,
+            policy=settings.policy,
         )

@@ -10,6 +10,7 @@ from keyreeve_common.errors import (
     SchemeNotSupported,
     StorageFull,
     TokenPinIncorrect,
+    TokenSessionsExhausted,
     TokenUnavailable,
 )
 from pkcs11 import exceptions as p11
@@ -37,11 +38,14 @@ _KINDS: dict[type[Exception], tuple[type[KeyreeveError], str]] = {
     p11.DeviceMemory: (StorageFull, "the token is full: remove old keys, or use another token"),
     p11.TokenNotPresent: (TokenUnavailable, "no token is in the slot: put it in"),
     p11.DeviceRemoved: (TokenUnavailable, "the token was removed: put it back"),
-    p11.SessionCount: (TokenUnavailable, "the token has no session left: configure fewer workers"),
+    p11.SessionCount: (TokenSessionsExhausted, "the token has no session left: configure fewer workers"),
     p11.TokenWriteProtected: (TokenUnavailable, "the token is write-protected: create keys in another token"),
     p11.MechanismInvalid: (SchemeNotSupported, "the token does not know this mechanism"),
     p11.MechanismParamInvalid: (SchemeNotSupported, "the token does not know these parameters of the mechanism"),
     p11.DomainParamsInvalid: (KeyTypeNotSupported, "the token does not know this curve"),
+    p11.KeyTypeInconsistent: (SchemeNotSupported, "the token does not do that with a key of this type"),
+    p11.DataInvalid: (Internal, "the token refused the data"),
+    p11.DataLenRange: (Internal, "the token refused the length of the data"),
     p11.KeySizeRange: (KeyTypeNotSupported, "the token does not make keys of this size"),
 }
 

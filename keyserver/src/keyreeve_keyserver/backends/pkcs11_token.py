@@ -42,6 +42,7 @@ from keyreeve_keyserver.frames import JsonObject
 _T = TypeVar("_T")
 _TOKENDIR = re.compile(r"^\s*directories\.tokendir\s*=\s*(\S.*?)\s*$", re.MULTILINE)
 _PROBE_BYTES = 65_536
+_SOFTHSM_TRIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,17 @@ class Token:
                 self.destroy(ref)
             raise error if isinstance(error, KeyreeveError) else error_of(error, "reading the new key") from None
         return {"spki_der": spki_der.hex(), "attributes": attributes}
+
+    def ping(self) -> None:
+        """A cheap call through the session, which finds a lost one. Raises: TokenUnavailable, TokenPinIncorrect."""
+        self._retried("asking for a sign of life", self._random_or_info)
+
+    def _random_or_info(self) -> None:
+        """C_GenerateRandom, since python-pkcs11 has no C_GetSessionInfo; a token without a generator is asked for its info."""
+        try:
+            self._session.generate_random(64)
+        except (p11.RandomNoRNG, p11.FunctionNotSupported):
+            self._token.slot.get_token()
 
     def find(self, ref: str) -> None:
         """Raises: KeyNotFound."""
@@ -272,12 +284,21 @@ class Token:
         except UnicodeDecodeError:
             raise TokenUnavailable("pin_file is not text in UTF-8: write the token's user PIN into it") from None
         try:
-            return self._token.open(rw=True, user_pin=pin)
+            return self._open_session(pin)
         except p11.PKCS11Error as error:
             refusal = error_of(error, f"logging in to token {self._label!r}")
             if isinstance(refusal, TokenPinIncorrect):
                 self._pin_refusal = refusal
             raise refusal from None
+
+    def _open_session(self, pin: str) -> Any:
+        """SoftHSM rewrites the token's file at each log-in; one that comes meanwhile hears "general error", which is no fault of the PIN."""
+        tries = _SOFTHSM_TRIES if self._settings.softhsm_conf else 1
+        for pause_ms in range(10, tries * 10, 10):
+            with suppress(p11.GeneralError):
+                return self._token.open(rw=True, user_pin=pin)
+            time.sleep(pause_ms / 1000)
+        return self._token.open(rw=True, user_pin=pin)
 
 
 def _softhsm_store(conf: str) -> Path | None:

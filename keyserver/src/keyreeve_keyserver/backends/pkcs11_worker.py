@@ -45,7 +45,9 @@ class Worker:
             return frames.Boxed(token.box(question))
         if isinstance(question, frames.Create):
             return frames.Done(token.create(question.ref, question.label, question.key_type))
-        if isinstance(question, frames.Find):
+        if isinstance(question, frames.Ping):
+            token.ping()
+        elif isinstance(question, frames.Find):
             token.find(question.ref)
         else:
             token.destroy(question.ref)

@@ -34,11 +34,12 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class BackendHealth:
-    """`detail` says what to do when it is down. `workers` are those that can sign now, `waiting` the requests not yet begun."""
+    """`detail` says what to do when it is down. `workers` of `configured` can sign now, `waiting` are the requests not yet begun."""
 
     state: BackendState
     detail: str = ""
     workers: int = 0
+    configured: int = 0
     waiting: int = 0
 
 

@@ -93,7 +93,7 @@ class SoftwareBackend:
         return Capabilities(Custody.SEALED_SOFTWARE, tuple(KeyType), tuple(sorted(SignatureScheme)))
 
     def health(self) -> BackendHealth:
-        return BackendHealth(BackendState.UP, workers=self._threads, waiting=self._waiting)
+        return BackendHealth(BackendState.UP, workers=self._threads, configured=self._threads, waiting=self._waiting)
 
     async def create(self, key_id: KeyId, key_type: KeyType) -> CreatedKey:
         key = await self._run(_GENERATORS[key_type])

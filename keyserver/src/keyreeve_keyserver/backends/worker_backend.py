@@ -39,7 +39,7 @@ from keyreeve_keyserver.backends.ports import (
     SignOutcome,
     SignRequest,
 )
-from keyreeve_keyserver.backends.worker_pool import WorkerPool
+from keyreeve_keyserver.backends.worker_pool import PoolPolicy, WorkerPool
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
 
@@ -50,12 +50,12 @@ _REF_BYTES = 16
 class WorkerBackend:
     """`worker` says how to start its workers. Without a launcher in `start` it starts one for itself."""
 
-    def __init__(self, worker: WorkerSpec, *, custody: Custody, workers: int, call_timeout: timedelta) -> None:
+    def __init__(self, worker: WorkerSpec, *, custody: Custody, workers: int, policy: PoolPolicy) -> None:
         self.worker = worker
         self._name = worker.backend
         self._custody = custody
-        self._timeout = call_timeout
         self._size = workers
+        self._policy = policy
         self._loaded: dict[KeyId, rsa.RSAPublicKey | None] = {}
         self._launcher: LauncherLink | None = None
         self._started: WorkerPool | None = None
@@ -77,7 +77,7 @@ class WorkerBackend:
     async def start(self, launcher: LauncherLink | None = None) -> None:
         if launcher is None:
             launcher = self._launcher = await LauncherLink.start([self.worker])
-        self._started = WorkerPool(self._name, launcher, workers=self._size, call_timeout=self._timeout)
+        self._started = WorkerPool(self._name, launcher, workers=self._size, policy=self._policy)
         await self._started.start()
 
     async def close(self) -> None:
@@ -99,8 +99,9 @@ class WorkerBackend:
         fault = self._pool.fault
         return BackendHealth(
             state=BackendState.UP if fault is None else BackendState.DOWN,
-            detail="" if fault is None else fault.detail,
+            detail=self._pool.remark if fault is None else fault.detail,
             workers=len(self._pool.pids),
+            configured=self._pool.size,
             waiting=self._pool.waiting,
         )
 
@@ -191,13 +192,13 @@ class WorkerBackend:
         return await self._box(frames.Box(decrypt=True, label=label, nonce=nonce, associated=associated, data=box))
 
     async def _box(self, box: frames.Box) -> bytes:
-        answer = await self._pool.ask(box, within=self._timeout)
+        answer = await self._pool.ask(box, within=self._policy.call_timeout)
         if not isinstance(answer, frames.Boxed):
             raise Internal("the worker gave an answer to another question")
         return answer.data
 
     async def _done(self, question: frames.Question) -> dict[str, object]:
-        answer = await self._pool.ask(question, within=self._timeout)
+        answer = await self._pool.ask(question, within=self._policy.call_timeout)
         if not isinstance(answer, frames.Done):
             raise Internal("the worker gave an answer to another question")
         return answer.answer

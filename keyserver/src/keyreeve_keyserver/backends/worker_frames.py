@@ -26,7 +26,7 @@ MAX_ITEMS = 32
 MAX_BOX_BYTES = 65_536
 MAX_JSON_BYTES = 65_536
 NONCE_BYTES = 12
-OPEN, CREATE, FIND, DESTROY, SIGN, ENCRYPT, DECRYPT = range(1, 8)
+OPEN, CREATE, FIND, DESTROY, SIGN, ENCRYPT, DECRYPT, PING = range(1, 9)
 DONE, REFUSED, SIGNED, BOX = 0x81, 0x82, 0x83, 0x84
 
 
@@ -102,7 +102,15 @@ class Box:
         return _frame(DECRYPT if self.decrypt else ENCRYPT, body)
 
 
-Question = Open | Create | Find | Destroy | TokenSign | Box
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Keepalive: a cheap call that reaches the token or service through the open session."""
+
+    def to_bytes(self) -> bytes:
+        return _frame(PING, b"")
+
+
+Question = Open | Create | Find | Destroy | TokenSign | Box | Ping
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +259,7 @@ _QUESTIONS: dict[int, Callable[[Reader], Question]] = {
     SIGN: _read_sign,
     ENCRYPT: lambda reader: _read_box(reader, decrypt=False),
     DECRYPT: lambda reader: _read_box(reader, decrypt=True),
+    PING: lambda _reader: Ping(),
 }
 _ANSWERS: dict[int, Callable[[Reader], Answer]] = {
     DONE: lambda reader: Done(parse_json_object(reader.bytes32("json", high=MAX_JSON_BYTES))),

@@ -1,7 +1,8 @@
 """A pool of worker processes: hands each question to an idle one, brings dead ones back with back-off, and keeps every caller's deadline.
 
 A question whose worker died goes to another once more: all questions but `Create` may be put twice. A refused PIN stops the pool for good,
-since a token locks after a few tries.
+since a token locks after a few tries. Where the token has no session left, the pool goes on with the workers that it has, and tries again
+after a while. An idle worker asks for a sign of life now and then, so that a token that went away is found before a request is.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from keyreeve_common.errors import DeadlineExceeded, KeyreeveError, TokenPinIncorrect, TokenUnavailable
+from keyreeve_common.errors import (
+    DeadlineExceeded,
+    KeyreeveError,
+    TokenPinIncorrect,
+    TokenSessionsExhausted,
+    TokenUnavailable,
+)
 from keyreeve_common.telemetry import log, log_exception, log_warning
 
 from keyreeve_keyserver.backends import worker_frames as frames
 from keyreeve_keyserver.backends.launcher_link import LauncherLink
+from keyreeve_keyserver.backends.worker_guard import WorkerGuard
 from keyreeve_keyserver.backends.worker_process import WorkerGone, WorkerProcess
+from keyreeve_keyserver.domain.breaker import BreakerPolicy, Ticket
 from keyreeve_keyserver.frames import JsonObject
 
 MAX_WAITING = 4_096
@@ -26,21 +35,42 @@ _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class PoolPolicy:
+    """`call_timeout` bounds any question, `sign_timeout` a signature or sign of life: a worker that passes it is replaced.
+
+    `keepalive` is how long a worker may idle (zero: for ever); `session_retry` the pause before another session is asked for.
+    """
+
+    call_timeout: timedelta = timedelta(seconds=30)
+    sign_timeout: timedelta = timedelta(seconds=10)
+    keepalive: timedelta = timedelta(seconds=30)
+    session_retry: timedelta = timedelta(minutes=1)
+    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
+
+    def bound(self, question: frames.Question) -> timedelta:
+        quick = isinstance(question, frames.TokenSign | frames.Ping)
+        return min(self.sign_timeout, self.call_timeout) if quick else self.call_timeout
+
+
 @dataclass(slots=True)
 class _Job:
     question: frames.Question
     answer: asyncio.Future[frames.Answer]
+    ticket: Ticket
     attempts: int = field(default=0)
 
 
 class WorkerPool:
     """`launcher` starts the workers of the backend `name`. Raises from `start`: TokenPinIncorrect."""
 
-    def __init__(self, name: str, launcher: LauncherLink, *, workers: int, call_timeout: timedelta) -> None:
+    def __init__(self, name: str, launcher: LauncherLink, *, workers: int, policy: PoolPolicy | None = None) -> None:
         self._name = name
         self._launcher = launcher
         self._size = workers
-        self._call_timeout = call_timeout
+        self._policy = policy or PoolPolicy()
+        self._guard = WorkerGuard(name, self._policy.breaker)
+        self._settled = workers
         self._jobs: deque[_Job] = deque()
         self._wakeup = asyncio.Condition()
         self._slots: list[asyncio.Task[None]] = []
@@ -50,8 +80,20 @@ class WorkerPool:
 
     @property
     def fault(self) -> KeyreeveError | None:
-        """Why no worker can be had, or None while one works or is being started."""
-        return self._fault
+        """Why no question is taken now: no worker can be had, or the breaker is open. None else, also while one is being started."""
+        return self._fault or self._guard.refusal
+
+    @property
+    def remark(self) -> str:
+        """What an operator should know of a pool that works; "" where there is nothing."""
+        if self._settled == self._size:
+            return ""
+        return f"{self._settled} of {self._size} workers: the token has no session left for more"
+
+    @property
+    def size(self) -> int:
+        """How many workers are configured."""
+        return self._size
 
     @property
     def waiting(self) -> int:
@@ -87,7 +129,7 @@ class WorkerPool:
             raise self._again(self._fault)
         if len(self._jobs) >= MAX_WAITING:
             raise TokenUnavailable("too many requests wait for the token", retry_after=timedelta(seconds=1))
-        job = _Job(question, asyncio.get_running_loop().create_future())
+        job = _Job(question, asyncio.get_running_loop().create_future(), self._guard.admit())
         self._jobs.append(job)
         await self._wake()
         try:
@@ -96,6 +138,7 @@ class WorkerPool:
         except TimeoutError:
             with suppress(ValueError):
                 self._jobs.remove(job)
+                self._guard.abandoned(job.ticket)
             raise DeadlineExceeded("deadline passed while the token was at work") from None
         if isinstance(answer, frames.Failed):
             raise answer.error
@@ -110,13 +153,13 @@ class WorkerPool:
                     process = await self._reopen(again=again)
                     again = process is None
                     if process is None:
-                        await asyncio.sleep(pause)
+                        full = len(self._processes) >= self._settled < self._size
+                        await asyncio.sleep(self._policy.session_retry.total_seconds() if full else pause)
                         pause = min(pause * 2, _LONGEST_PAUSE)
                         continue
                 pause = _FIRST_PAUSE
                 self._processes[index] = process
-                if not isinstance(self._fault, TokenPinIncorrect):
-                    self._fault = None
+                self._came_up()
                 await self._work(process)
                 log_warning("worker_lost", backend=self._name, pid=process.pid)
                 del self._processes[index]
@@ -145,14 +188,29 @@ class WorkerPool:
         except TokenPinIncorrect:
             raise
         except KeyreeveError as error:
+            if isinstance(error, TokenSessionsExhausted) and self._processes:
+                self._settle(len(self._processes))
             if again and not self._processes:
                 self._fail(error)
             return None
 
+    def _came_up(self) -> None:
+        if self._fault is not None and not isinstance(self._fault, TokenPinIncorrect):
+            self._fault = None
+            self._guard.hurry()
+        if len(self._processes) > self._settled:
+            self._settle(len(self._processes))
+
+    def _settle(self, workers: int) -> None:
+        """Takes note of how many workers the token bears."""
+        if workers != self._settled:
+            log_warning("workers_settled", backend=self._name, workers=workers, configured=self._size)
+        self._settled = workers
+
     async def _open(self) -> WorkerProcess:
         process = await WorkerProcess.spawn(self._launcher, self._name)
         try:
-            answer = await process.ask(frames.Open(), within=self._call_timeout)
+            answer = await process.ask(frames.Open(), within=self._policy.call_timeout)
             if isinstance(answer, frames.Failed):
                 raise answer.error
             if not isinstance(answer, frames.Done):
@@ -168,28 +226,62 @@ class WorkerPool:
         """Puts questions to this worker until it is lost. Raises: TokenPinIncorrect where it lost its session and could not log in anew."""
         while True:
             job = await self._next_job()
+            if job is None:
+                if not await self._lives(process):
+                    return
+                continue
             if job.answer.done():
+                self._guard.abandoned(job.ticket)
                 continue
             job.attempts += 1
             try:
-                answer = await process.ask(job.question, within=self._call_timeout)
+                answer = await process.ask(job.question, within=self._policy.bound(job.question))
             except WorkerGone as error:
+                self._guard.failed(job.ticket, error)
                 self._put_back(job, error)
+                self._refuse_while_open()
                 await self._wake()
                 return
             except asyncio.CancelledError:
                 _refuse(job, TokenUnavailable("the signer is stopping"))
                 raise
+            self._guard.answered(job.ticket, answer)
             if not job.answer.done():
                 job.answer.set_result(answer)
+            self._refuse_while_open()
             if (refusal := _pin_refusal(answer)) is not None:
                 raise refusal
 
-    async def _next_job(self) -> _Job:
+    async def _lives(self, process: WorkerProcess) -> bool:
+        """Whether the worker reaches its token. Raises: TokenPinIncorrect."""
+        try:
+            answer = await process.ask(frames.Ping(), within=self._policy.bound(frames.Ping()))
+            if isinstance(answer, frames.Failed):
+                raise answer.error
+        except TokenPinIncorrect:
+            raise
+        except KeyreeveError as error:
+            log_warning("keepalive_failed", backend=self._name, pid=process.pid, error=str(error))
+            if self._guard.is_closed:
+                self._guard.failed(self._guard.admit(), error)
+            return False
+        return True
+
+    async def _next_job(self) -> _Job | None:
+        """The next question, or None when none came for as long as a worker may idle."""
         async with self._wakeup:
-            while not self._jobs:
-                await self._wakeup.wait()
-            return self._jobs.popleft()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._policy.keepalive.total_seconds() or None):
+                    while not self._jobs:
+                        await self._wakeup.wait()
+            # Also after a time-out: a wake-up that came at the same moment went to this worker alone.
+            return self._jobs.popleft() if self._jobs else None
+
+    def _refuse_while_open(self) -> None:
+        """What waits when the breaker opens is refused at once: its callers have other replicas."""
+        refusal = self._guard.refusal
+        if refusal is not None and not self._guard.is_probing:
+            self._drop_waiting(refusal)
 
     def _put_back(self, job: _Job, error: WorkerGone) -> None:
         if job.answer.done():
@@ -207,12 +299,14 @@ class WorkerPool:
 
     def _drop_waiting(self, error: KeyreeveError) -> None:
         while self._jobs:
-            _refuse(self._jobs.popleft(), self._again(error))
+            job = self._jobs.popleft()
+            self._guard.abandoned(job.ticket)
+            _refuse(job, self._again(error))
 
     @staticmethod
     def _again(error: KeyreeveError) -> KeyreeveError:
         """A fresh exception for each caller: one object raised in many tasks would gather their tracebacks."""
-        return TokenUnavailable(error.detail, retry_after=timedelta(seconds=1))
+        return TokenUnavailable(error.detail, retry_after=error.retry_after or timedelta(seconds=1))
 
     async def _wake(self) -> None:
         async with self._wakeup:

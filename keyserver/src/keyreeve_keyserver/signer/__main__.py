@@ -27,6 +27,8 @@ from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Sett
 from keyreeve_keyserver.backends.ports import Backend
 from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
+from keyreeve_keyserver.backends.worker_pool import PoolPolicy
+from keyreeve_keyserver.domain.breaker import BreakerPolicy
 from keyreeve_keyserver.signer.config import BackendConfig, BackendKind, SignerConfig
 from keyreeve_keyserver.signer.controls import ControlService
 from keyreeve_keyserver.signer.metrics import SignerMetrics
@@ -144,8 +146,21 @@ def _backend(config: BackendConfig) -> Backend:
         Pkcs11Settings(
             token=config.token(),
             workers=config.workers or 2,
-            call_timeout=config.call_timeout,
+            policy=_pool_policy(config),
             softhsm_conf=config.softhsm_conf,
+        ),
+    )
+
+
+def _pool_policy(config: BackendConfig) -> PoolPolicy:
+    return PoolPolicy(
+        call_timeout=config.call_timeout,
+        sign_timeout=config.sign_timeout,
+        keepalive=config.keepalive,
+        breaker=BreakerPolicy(
+            faults=config.breaker_faults,
+            pause=config.breaker_pause,
+            longest_pause=max(config.breaker_pause, BreakerPolicy().longest_pause),
         ),
     )
 

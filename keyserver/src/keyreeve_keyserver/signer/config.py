@@ -69,11 +69,19 @@ class BackendConfig:
     softhsm_conf: Path | None = None
     workers: int = 0
     call_timeout: timedelta = timedelta(seconds=30)
+    sign_timeout: timedelta = timedelta(seconds=10)
+    keepalive: timedelta = timedelta(seconds=30)
+    breaker_faults: int = 5
+    breaker_pause: timedelta = timedelta(seconds=1)
 
     def __post_init__(self) -> None:
         _check_name(self.name, "name")
         _require(0 <= self.workers <= MAX_WORKERS, f"workers is not 0 to {MAX_WORKERS}")
         _require(self.call_timeout >= timedelta(milliseconds=100), "call_timeout is below 100ms")
+        _require(self.sign_timeout >= timedelta(milliseconds=100), "sign_timeout is below 100ms")
+        _require(not timedelta(0) < self.keepalive < timedelta(seconds=1), "keepalive is below 1s, and not 0s (off)")
+        _require(1 <= self.breaker_faults <= 1000, "breaker_faults is not 1 to 1000")
+        _require(self.breaker_pause >= timedelta(milliseconds=100), "breaker_pause is below 100ms")
         if self.kind is BackendKind.PKCS11:
             self.token()
             return

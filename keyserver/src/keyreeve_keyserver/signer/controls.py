@@ -102,6 +102,7 @@ class ControlService:
                     "state": health.state.value,
                     "detail": health.detail,
                     "workers": health.workers,
+                    "configured": health.configured,
                     "waiting": health.waiting,
                 }
                 for name, health in states

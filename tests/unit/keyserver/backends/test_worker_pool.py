@@ -45,7 +45,7 @@ async def test_pin_refused_at_work_stops_the_pool(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(WorkerProcess, "spawn", spawn)
     launcher: Any = None
-    pool = WorkerPool("hsm", launcher, workers=2, call_timeout=SECOND)
+    pool = WorkerPool("hsm", launcher, workers=2)
     await pool.start()
     for _ in range(5):
         with suppress(TokenPinIncorrect, TokenUnavailable):
