@@ -156,7 +156,7 @@ def test_one_refusal_never_fails_its_batch(signer: SignerClient) -> None:
         assert type(error_of(results[number])) is kind, number
     assert "deadline" in str(error_of(results[9]))
     assert "message has 131 bytes, the form has 130 or 146" in str(error_of(results[3]))
-    assert "jwt_svid is not offered" in str(error_of(results[5]))
+    assert "role handshake never signs for jwt_svid" in str(error_of(results[5]))
     for number in (1, 10):
         verify(answer["spki_der"], SignatureScheme.ECDSA_SECP256R1_SHA256, results[number])
 

@@ -36,6 +36,7 @@ _KEY_TYPE_OF_NUMBER = {int(number): key_type for key_type, number in _NUMBER_OF_
 _NUMBER_OF_ROLE = {
     KeyRole.HANDSHAKE: keyserver_pb2.KEY_ROLE_HANDSHAKE,
     KeyRole.AUTHORITY: keyserver_pb2.KEY_ROLE_AUTHORITY,
+    KeyRole.JWT_AUTHORITY: keyserver_pb2.KEY_ROLE_JWT_AUTHORITY,
 }
 _ROLE_OF_NUMBER = {int(number): role for role, number in _NUMBER_OF_ROLE.items()}
 
@@ -74,6 +75,14 @@ class AuthorityProfile:
 
 
 @dataclass(frozen=True, slots=True)
+class JwtProfile:
+    """What a JWT authority's key may sign; the key cluster holds it and never changes it."""
+
+    trust_domain: TrustDomain
+    max_ttl: timedelta
+
+
+@dataclass(frozen=True, slots=True)
 class KeySpec:
     """A key to make. The same `request_id` gives the same key again."""
 
@@ -84,6 +93,7 @@ class KeySpec:
     label: str = ""
     backend: str = ""
     authority_profile: AuthorityProfile | None = None
+    jwt_profile: JwtProfile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +172,7 @@ class KeyAdminClient:
             backend=spec.backend,
             label=spec.label,
             authority_profile=_profile_to_proto(spec.authority_profile),
+            jwt_profile=jwt_profile_to_proto(spec.jwt_profile),
         )
         return _key(self._call(self._keys.CreateKey, request))
 
@@ -274,6 +285,14 @@ def _profile_to_proto(profile: AuthorityProfile | None) -> keyserver_pb2.Authori
     )
     message.max_validity.FromTimedelta(profile.max_validity)
     message.max_backdate.FromTimedelta(profile.max_backdate)
+    return message
+
+
+def jwt_profile_to_proto(profile: JwtProfile | None) -> keyserver_pb2.JwtProfile | None:
+    if profile is None:
+        return None
+    message = keyserver_pb2.JwtProfile(trust_domain=profile.trust_domain.name)
+    message.max_ttl.FromTimedelta(profile.max_ttl)
     return message
 
 

@@ -36,18 +36,31 @@ class Purpose(IntEnum):
 
 
 class KeyRole(StrEnum):
-    """A key has one role: an authority key never signs a handshake, a handshake key never signs a certificate."""
+    """A key has one role: an authority key never signs a handshake, a handshake key never signs a certificate, a JWT key only tokens."""
 
     HANDSHAKE = "handshake"
     AUTHORITY = "authority"
+    JWT_AUTHORITY = "jwt-authority"
 
 
 PURPOSES_OF_ROLE: dict[KeyRole, frozenset[Purpose]] = {
     KeyRole.HANDSHAKE: frozenset(
-        {Purpose.TLS13_SERVER_VERIFY, Purpose.TLS13_CLIENT_VERIFY, Purpose.CERTIFICATE_REQUEST}
+        {
+            Purpose.TLS13_SERVER_VERIFY,
+            Purpose.TLS13_CLIENT_VERIFY,
+            Purpose.TLS12_SERVER_KEY_EXCHANGE,
+            Purpose.TLS12_CLIENT_VERIFY,
+            Purpose.CERTIFICATE_REQUEST,
+            Purpose.DIGEST,
+        }
     ),
-    KeyRole.AUTHORITY: frozenset({Purpose.X509_CERTIFICATE, Purpose.CERTIFICATE_REQUEST}),
+    KeyRole.AUTHORITY: frozenset(
+        {Purpose.X509_CERTIFICATE, Purpose.X509_CRL, Purpose.OCSP_RESPONSE, Purpose.CERTIFICATE_REQUEST}
+    ),
+    KeyRole.JWT_AUTHORITY: frozenset({Purpose.JWT_SVID}),
 }
+# What a key signs only where its sealed record and the grant name it; nothing gives these by default.
+OPT_IN_PURPOSES = frozenset({Purpose.TLS12_SERVER_KEY_EXCHANGE, Purpose.TLS12_CLIENT_VERIFY, Purpose.DIGEST})
 
 
 def parse_purpose(name: str) -> Purpose:

@@ -31,12 +31,14 @@ class _KeyRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyRole.Value
     KEY_ROLE_UNSPECIFIED: _KeyRole.ValueType  # 0
     KEY_ROLE_HANDSHAKE: _KeyRole.ValueType  # 1
     KEY_ROLE_AUTHORITY: _KeyRole.ValueType  # 2
+    KEY_ROLE_JWT_AUTHORITY: _KeyRole.ValueType  # 3
 
 class KeyRole(_KeyRole, metaclass=_KeyRoleEnumTypeWrapper): ...
 
 KEY_ROLE_UNSPECIFIED: KeyRole.ValueType  # 0
 KEY_ROLE_HANDSHAKE: KeyRole.ValueType  # 1
 KEY_ROLE_AUTHORITY: KeyRole.ValueType  # 2
+KEY_ROLE_JWT_AUTHORITY: KeyRole.ValueType  # 3
 Global___KeyRole: _TypeAlias = KeyRole  # noqa: Y015
 
 class _KeyState:
@@ -319,6 +321,34 @@ class AuthorityProfile(_message.Message):
 Global___AuthorityProfile: _TypeAlias = AuthorityProfile  # noqa: Y015
 
 @_typing.final
+class JwtProfile(_message.Message):
+    """What a JWT authority's key may sign; held in the sealed key record, never changed after creation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRUST_DOMAIN_FIELD_NUMBER: _builtins.int
+    MAX_TTL_FIELD_NUMBER: _builtins.int
+    trust_domain: _builtins.str
+    """of every token's subject"""
+    @_builtins.property
+    def max_ttl(self) -> _duration_pb2.Duration:
+        """how far ahead of the signer's clock a token may end: 1 second to 1 day"""
+
+    def __init__(
+        self,
+        *,
+        trust_domain: _builtins.str = ...,
+        max_ttl: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_ttl", b"max_ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_ttl", b"max_ttl", "trust_domain", b"trust_domain"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JwtProfile: _TypeAlias = JwtProfile  # noqa: Y015
+
+@_typing.final
 class KeyAttributes(_message.Message):
     """What the backend itself says of the key."""
 
@@ -374,6 +404,7 @@ class Key(_message.Message):
     PREDECESSOR_FIELD_NUMBER: _builtins.int
     SUCCESSOR_FIELD_NUMBER: _builtins.int
     LIFE_FIELD_NUMBER: _builtins.int
+    JWT_PROFILE_FIELD_NUMBER: _builtins.int
     key_id: _builtins.str
     key_type: _types_pb2.KeyType.ValueType
     role: Global___KeyRole.ValueType
@@ -402,6 +433,8 @@ class Key(_message.Message):
     def authority_profile(self) -> Global___AuthorityProfile: ...
     @_builtins.property
     def life(self) -> Global___KeyLife: ...
+    @_builtins.property
+    def jwt_profile(self) -> Global___JwtProfile: ...
     def __init__(
         self,
         *,
@@ -422,10 +455,11 @@ class Key(_message.Message):
         predecessor: _builtins.str = ...,
         successor: _builtins.str = ...,
         life: Global___KeyLife | None = ...,
+        jwt_profile: Global___JwtProfile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "authority_profile", b"authority_profile", "created_at", b"created_at", "life", b"life"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "authority_profile", b"authority_profile", "created_at", b"created_at", "jwt_profile", b"jwt_profile", "life", b"life"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "authority_profile", b"authority_profile", "backend", b"backend", "created_at", b"created_at", "generation", b"generation", "key_id", b"key_id", "key_type", b"key_type", "label", b"label", "life", b"life", "predecessor", b"predecessor", "purposes", b"purposes", "role", b"role", "schemes", b"schemes", "signatures", b"signatures", "spki_der", b"spki_der", "state", b"state", "successor", b"successor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "authority_profile", b"authority_profile", "backend", b"backend", "created_at", b"created_at", "generation", b"generation", "jwt_profile", b"jwt_profile", "key_id", b"key_id", "key_type", b"key_type", "label", b"label", "life", b"life", "predecessor", b"predecessor", "purposes", b"purposes", "role", b"role", "schemes", b"schemes", "signatures", b"signatures", "spki_der", b"spki_der", "state", b"state", "successor", b"successor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -442,6 +476,7 @@ class CreateKeyRequest(_message.Message):
     BACKEND_FIELD_NUMBER: _builtins.int
     LABEL_FIELD_NUMBER: _builtins.int
     AUTHORITY_PROFILE_FIELD_NUMBER: _builtins.int
+    JWT_PROFILE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """chosen by the caller: the same id gives the same key again, so a retry makes no second one"""
     key_type: _types_pb2.KeyType.ValueType
@@ -455,6 +490,10 @@ class CreateKeyRequest(_message.Message):
     def authority_profile(self) -> Global___AuthorityProfile:
         """for KEY_ROLE_AUTHORITY, and only there"""
 
+    @_builtins.property
+    def jwt_profile(self) -> Global___JwtProfile:
+        """for KEY_ROLE_JWT_AUTHORITY, and only there"""
+
     def __init__(
         self,
         *,
@@ -465,10 +504,11 @@ class CreateKeyRequest(_message.Message):
         backend: _builtins.str = ...,
         label: _builtins.str = ...,
         authority_profile: Global___AuthorityProfile | None = ...,
+        jwt_profile: Global___JwtProfile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["authority_profile", b"authority_profile"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["authority_profile", b"authority_profile", "jwt_profile", b"jwt_profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority_profile", b"authority_profile", "backend", b"backend", "key_type", b"key_type", "label", b"label", "purposes", b"purposes", "request_id", b"request_id", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority_profile", b"authority_profile", "backend", b"backend", "jwt_profile", b"jwt_profile", "key_type", b"key_type", "label", b"label", "purposes", b"purposes", "request_id", b"request_id", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,8 +13,8 @@ import pkcs11
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from keyreeve_common.errors import Internal, KeyTypeNotSupported
-from keyreeve_common.schemes import KeyFamily, KeyType, SignatureScheme
+from keyreeve_common.errors import Internal, KeyTypeNotSupported, PurposeMismatch, SchemeNotSupported
+from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, Padding, SignatureScheme
 from pkcs11 import MGF, Attribute, Mechanism
 
 from keyreeve_keyserver.domain.der import OCTET_STRING, DerError, read_element
@@ -55,6 +55,17 @@ SIGN_MECHANISMS: dict[SignatureScheme, SignMechanism] = {
     SignatureScheme.RSA_PSS_RSAE_SHA512: SignMechanism(
         Mechanism.SHA512_RSA_PKCS_PSS, (Mechanism.SHA512, MGF.SHA512, 64)
     ),
+}
+# For a digest that was given to us: the mechanism hashes nothing, and PKCS#1 v1.5 wants the name of the hash around the digest.
+_DIGEST_INFO = {
+    "sha256": bytes.fromhex("3031300d060960864801650304020105000420"),
+    "sha384": bytes.fromhex("3041300d060960864801650304020205000430"),
+    "sha512": bytes.fromhex("3051300d060960864801650304020305000440"),
+}
+_DIGEST_MECHANISMS = {
+    Padding.NONE: Mechanism.ECDSA,
+    Padding.PKCS1_V15: Mechanism.RSA_PKCS,
+    Padding.PSS: Mechanism.RSA_PKCS_PSS,
 }
 _ED25519_PARAMETERS = (bytes.fromhex("06032b6570"), bytes.fromhex("130c656477617264733235353139"))
 GENERATIONS: dict[KeyType, Generation] = {
@@ -111,6 +122,22 @@ def message_input(scheme: SignatureScheme, message: bytes) -> bytes:
     """What the mechanism takes: the message, or its digest where the token does not hash."""
     prehash = SIGN_MECHANISMS[scheme].prehash
     return hashlib.new(prehash, message).digest() if prehash else message
+
+
+def digest_mechanism(scheme: SignatureScheme) -> SignMechanism:
+    """How a token signs a digest by the scheme's hash. Raises: SchemeNotSupported for Ed25519, which has none. Spec: RFC 8017 9.2 note 1."""
+    facts = scheme.facts
+    if not facts.hash_name:
+        raise SchemeNotSupported(f"scheme {scheme.iana_name} takes the message whole, never a digest")
+    return SignMechanism(_DIGEST_MECHANISMS[facts.padding], SIGN_MECHANISMS[scheme].parameter)
+
+
+def digest_input(scheme: SignatureScheme, digest: bytes) -> bytes:
+    """What `digest_mechanism` takes. Raises: PurposeMismatch when the digest is not of the scheme's hash."""
+    facts = scheme.facts
+    if len(digest) != HASHES[facts.hash_name].digest_size:
+        raise PurposeMismatch(f"digest has {len(digest)} bytes, which is not the length of {facts.hash_name}")
+    return _DIGEST_INFO[facts.hash_name] + digest if facts.padding is Padding.PKCS1_V15 else digest
 
 
 def signature_der(scheme: SignatureScheme, raw: bytes) -> bytes:

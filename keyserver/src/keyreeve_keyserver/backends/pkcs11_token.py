@@ -119,13 +119,15 @@ class Token:
             self._guarded("destroying the key", found.destroy)
 
     def sign(self, item: TokenSignItem, *, received: float) -> bytes:
-        """Raises: DeadlineExceeded, KeyNotFound, SchemeNotSupported, TokenUnavailable."""
+        """Raises: DeadlineExceeded, KeyNotFound, PurposeMismatch, SchemeNotSupported, TokenUnavailable."""
         if time.monotonic() >= received + item.deadline_ms / 1000:
             raise DeadlineExceeded("deadline passed before the token was reached")
-        how = mechanisms.SIGN_MECHANISMS[item.scheme]
+        prehashed = item.prehashed
+        how = mechanisms.digest_mechanism(item.scheme) if prehashed else mechanisms.SIGN_MECHANISMS[item.scheme]
         if how.mechanism not in self._mechanisms:
             raise SchemeNotSupported(f"the token has no mechanism for {item.scheme.iana_name}")
-        data = mechanisms.message_input(item.scheme, item.message)
+        make_input = mechanisms.digest_input if prehashed else mechanisms.message_input
+        data = make_input(item.scheme, item.message)
         raw = self._retried(
             "signing",
             lambda: self._private_key(item.ref).sign(data, mechanism=how.mechanism, mechanism_param=how.parameter),

@@ -55,12 +55,13 @@ class CreatedKey:
 
 @dataclass(frozen=True, slots=True)
 class SignRequest:
-    """`deadline` is a time of `time.monotonic`."""
+    """`deadline` is a time of `time.monotonic`; `prehashed`: `message` is the digest, by the scheme's hash, of what is signed."""
 
     record: KeyRecord
     scheme: SignatureScheme
     message: bytes = field(repr=False)
     deadline: float
+    prehashed: bool = False
 
 
 SignOutcome = bytes | KeyreeveError

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -29,11 +31,12 @@ from keyreeve_common.errors import (
     KeyNotFound,
     KeyreeveError,
     KeySelfTestFailed,
+    SchemeNotSupported,
     SealedRecordInvalid,
 )
 from keyreeve_common.key_id import KeyId
-from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, SignatureScheme, check_scheme_fits
-from keyreeve_common.verification import rsa_padding
+from keyreeve_common.schemes import KeyFamily, KeyType, SignatureScheme, check_scheme_fits
+from keyreeve_common.verification import hash_algorithm, rsa_padding
 
 from keyreeve_keyserver.backends.ports import (
     BackendHealth,
@@ -150,7 +153,7 @@ class SoftwareBackend:
             return KeyNotFound()
         try:
             check_scheme_fits(request.scheme, request.record.key_type)
-            return _SIGNERS[request.record.key_type.family](loaded.key, request.scheme, request.message)
+            return _SIGNERS[request.record.key_type.family](loaded.key, request)
         except KeyreeveError as error:
             return error
         except InvalidSignature:
@@ -172,24 +175,30 @@ def _chunks(requests: Sequence[SignRequest]) -> list[_Work]:
     ]
 
 
-def _sign_ec(key: PrivateKey, scheme: SignatureScheme, message: bytes) -> bytes:
-    return cast("ec.EllipticCurvePrivateKey", key).sign(message, ec.ECDSA(HASHES[scheme.facts.hash_name]()))
+def _hash(request: SignRequest) -> hashes.HashAlgorithm | Prehashed:
+    return hash_algorithm(request.scheme, prehashed=request.prehashed)
 
 
-def _sign_ed25519(key: PrivateKey, _scheme: SignatureScheme, message: bytes) -> bytes:
-    return cast("ed25519.Ed25519PrivateKey", key).sign(message)
+def _sign_ec(key: PrivateKey, request: SignRequest) -> bytes:
+    return cast("ec.EllipticCurvePrivateKey", key).sign(request.message, ec.ECDSA(_hash(request)))
 
 
-def _sign_rsa(key: PrivateKey, scheme: SignatureScheme, message: bytes) -> bytes:
+def _sign_ed25519(key: PrivateKey, request: SignRequest) -> bytes:
+    if request.prehashed:
+        raise SchemeNotSupported("ed25519 takes the message whole, never a digest")
+    return cast("ed25519.Ed25519PrivateKey", key).sign(request.message)
+
+
+def _sign_rsa(key: PrivateKey, request: SignRequest) -> bytes:
     """Verified before release: a fault in one half of the CRT would give the key away."""
     private_key = cast("rsa.RSAPrivateKey", key)
-    algorithm, form = HASHES[scheme.facts.hash_name](), rsa_padding(scheme)
-    signature = private_key.sign(message, form, algorithm)
-    private_key.public_key().verify(signature, message, form, algorithm)
+    algorithm, form = _hash(request), rsa_padding(request.scheme)
+    signature = private_key.sign(request.message, form, algorithm)
+    private_key.public_key().verify(signature, request.message, form, algorithm)
     return signature
 
 
-_SIGNERS: dict[KeyFamily, Callable[[PrivateKey, SignatureScheme, bytes], bytes]] = {
+_SIGNERS: dict[KeyFamily, Callable[[PrivateKey, SignRequest], bytes]] = {
     KeyFamily.EC_P256: _sign_ec,
     KeyFamily.EC_P384: _sign_ec,
     KeyFamily.ED25519: _sign_ed25519,

@@ -24,8 +24,8 @@ from keyreeve_common.errors import (
     TokenUnavailable,
 )
 from keyreeve_common.key_id import KeyId
-from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, SignatureScheme
-from keyreeve_common.verification import rsa_padding
+from keyreeve_common.schemes import KeyFamily, KeyType, SignatureScheme
+from keyreeve_common.verification import hash_algorithm, rsa_padding
 
 from keyreeve_keyserver.backends import worker_frames as frames
 from keyreeve_keyserver.backends.launch import WorkerSpec
@@ -154,7 +154,13 @@ class WorkerBackend:
         left = [max(request.deadline - now, 0) for _, request in chunk]
         question = frames.TokenSign(
             tuple(
-                frames.TokenSignItem(request.record.backend_ref, request.scheme, int(seconds * 1000), request.message)
+                frames.TokenSignItem(
+                    request.record.backend_ref,
+                    request.scheme,
+                    int(seconds * 1000),
+                    request.message,
+                    prehashed=request.prehashed,
+                )
                 for (_, request), seconds in zip(chunk, left, strict=True)
             )
         )
@@ -178,7 +184,7 @@ class WorkerBackend:
         public_key = self._loaded[request.record.key_id]
         if public_key is None:
             return outcome
-        algorithm = HASHES[request.scheme.facts.hash_name]()
+        algorithm = hash_algorithm(request.scheme, prehashed=request.prehashed)
         try:
             public_key.verify(outcome, request.message, rsa_padding(request.scheme), algorithm)
         except InvalidSignature:

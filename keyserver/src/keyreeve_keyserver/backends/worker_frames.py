@@ -1,6 +1,6 @@
 """Frames between the signer and one backend worker: a question, then its answer, one at a time, over a socketpair. Pure; strict both ways.
 
-`u32 length` (2 to 4,194,304) `u8 version = 1` `u8 type` body, big endian. The worker ends when a question breaks a rule: only the signer
+`u32 length` (2 to 4,194,304) `u8 version = 2` `u8 type` body, big endian. The worker ends when a question breaks a rule: only the signer
 writes to it.
 """
 
@@ -20,7 +20,7 @@ from keyreeve_keyserver.domain.keys import canonical_json
 from keyreeve_keyserver.frames import MAX_SIGNATURE_BYTES, JsonObject, parse_json_object
 
 _T = TypeVar("_T")
-VERSION = 1
+VERSION = 2  # a worker is started by its signer, which may be of the release before: it must not misread an item
 MAX_FRAME_BYTES = 4_194_304
 MAX_ITEMS = 32
 MAX_BOX_BYTES = 65_536
@@ -73,6 +73,7 @@ class TokenSignItem:
     scheme: SignatureScheme
     deadline_ms: int
     message: bytes = field(repr=False)
+    prehashed: bool = False  # `message` is a digest by the scheme's hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,11 @@ class TokenSign:
 
     def to_bytes(self) -> bytes:
         body = b"".join(
-            bytes8(item.ref.encode("ascii")) + u16(item.scheme) + u32(item.deadline_ms) + bytes32(item.message)
+            bytes8(item.ref.encode("ascii"))
+            + u16(item.scheme)
+            + u32(item.deadline_ms)
+            + bytes((item.prehashed,))
+            + bytes32(item.message)
             for item in self.items
         )
         return _frame(SIGN, u16(len(self.items)) + body)
@@ -195,7 +200,11 @@ def _read_item(reader: Reader) -> TokenSignItem:
         known = SignatureScheme(scheme)
     except ValueError:
         raise MalformedFrame("scheme is not known") from None
-    return TokenSignItem(ref, known, reader.u32("deadline_ms"), reader.bytes32("message", high=MAX_MESSAGE_BYTES))
+    deadline_ms, prehashed = reader.u32("deadline_ms"), reader.u8("prehashed")
+    if prehashed > 1:
+        raise MalformedFrame("prehashed is neither 0 nor 1")
+    message = reader.bytes32("message", high=MAX_MESSAGE_BYTES)
+    return TokenSignItem(ref, known, deadline_ms, message, prehashed=bool(prehashed))
 
 
 def _read_box(reader: Reader, *, decrypt: bool) -> Box:

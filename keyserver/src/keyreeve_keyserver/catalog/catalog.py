@@ -36,7 +36,7 @@ from keyreeve_keyserver.catalog.records import (
 )
 from keyreeve_keyserver.catalog.schema import CREATING, SCHEMA_VERSION, changes, grants, keys, schema_version
 from keyreeve_keyserver.catalog.steps import apply_steps, create_tables
-from keyreeve_keyserver.domain.keys import KeyState, canonical_json
+from keyreeve_keyserver.domain.keys import AuthorityProfile, JwtProfile, KeyState, canonical_json
 
 _SCHEMA_LOCK = 0x6B657972  # PostgreSQL advisory lock, so that two replicas do not make the tables at once
 _KEY_COLUMNS = [column for column in keys.columns if column.name not in ("sealed_record", "destruction_permit")]
@@ -119,7 +119,8 @@ class Catalog(GrantRows, KeyLifeRows):
                     "purposes": purposes_to_text(new.purposes),
                     "backend": new.backend,
                     "label": new.label,
-                    "authority_profile": _profile_text(new),
+                    "authority_profile": _profile_text(new.authority_profile),
+                    "jwt_profile": _profile_text(new.jwt_profile),
                     "state": CREATING,
                     "attributes": "{}",
                     "created_at": time_to_number(now),
@@ -243,8 +244,8 @@ def _finished_keys() -> Any:
     return select(*_KEY_COLUMNS).where(keys.c.state != CREATING)
 
 
-def _profile_text(new: NewKey) -> str | None:
-    return None if new.authority_profile is None else canonical_json(new.authority_profile.to_json()).decode("ascii")
+def _profile_text(profile: AuthorityProfile | JwtProfile | None) -> str | None:
+    return None if profile is None else canonical_json(profile.to_json()).decode("ascii")
 
 
 def _digest_of(new: NewKey) -> str:
@@ -254,6 +255,8 @@ def _digest_of(new: NewKey) -> str:
         "purposes": purposes_to_text(new.purposes),
         "backend": new.backend,
         "label": new.label,
-        "authority_profile": _profile_text(new),
+        "authority_profile": _profile_text(new.authority_profile),
     }
+    if new.jwt_profile is not None:  # only then, so that the intents of an earlier release are found again
+        fields["jwt_profile"] = _profile_text(new.jwt_profile)
     return hashlib.sha256(canonical_json(fields)).hexdigest()

@@ -12,7 +12,13 @@ from keyreeve_common.purposes import KeyRole, Purpose, parse_purpose
 from keyreeve_common.schemes import KeyType
 from sqlalchemy import Row
 
-from keyreeve_keyserver.domain.keys import AuthorityProfile, KeyState, parse_authority_profile
+from keyreeve_keyserver.domain.keys import (
+    AuthorityProfile,
+    JwtProfile,
+    KeyState,
+    parse_authority_profile,
+    parse_jwt_profile,
+)
 from keyreeve_keyserver.domain.policy import Grant, KeyFacts
 from keyreeve_keyserver.domain.rates import Rate
 
@@ -31,6 +37,7 @@ class NewKey:
     backend: str
     label: str
     authority_profile: AuthorityProfile | None = None
+    jwt_profile: JwtProfile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,7 @@ class KeyEntry:
     created_at: datetime
     seq: int
     life: KeyLife = field(default_factory=KeyLife)
+    jwt_profile: JwtProfile | None = None
 
     @property
     def facts(self) -> KeyFacts:
@@ -86,6 +94,7 @@ class Changes:
 
 def key_entry(row: Row[Any]) -> KeyEntry:
     profile = json.loads(row.authority_profile) if row.authority_profile else None
+    jwt_profile = json.loads(row.jwt_profile) if row.jwt_profile else None
     return KeyEntry(
         key_id=KeyId(row.key_id),
         key_type=KeyType(row.key_type),
@@ -107,6 +116,7 @@ def key_entry(row: Row[Any]) -> KeyEntry:
             destroy_at=_time(row.destroy_at),
             state_reason=row.state_reason or "",
         ),
+        jwt_profile=parse_jwt_profile(jwt_profile) if jwt_profile else None,
     )
 
 

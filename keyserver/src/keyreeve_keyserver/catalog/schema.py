@@ -38,6 +38,7 @@ keys = Table(
     Column("backend", String(64), nullable=False),
     Column("label", Text, nullable=False),
     Column("authority_profile", Text, nullable=True),
+    Column("jwt_profile", Text, nullable=True),
     Column("state", String(16), nullable=False),
     Column("spki_der", LargeBinary, nullable=True),
     Column("sealed_record", LargeBinary, nullable=True),

@@ -47,6 +47,7 @@ STEPS: dict[str, Step] = {
     **{f"key_life_{name}": new_column(keys, name) for name in _KEY_LIFE},
     "grants_rate_per_second": new_column(grants, "rate_per_second"),
     "grants_rate_burst": new_column(grants, "rate_burst"),
+    "keys_jwt_profile": new_column(keys, "jwt_profile"),
 }  # in the order in which they are done; a name is never used again
 
 

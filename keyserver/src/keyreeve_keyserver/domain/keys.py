@@ -1,7 +1,7 @@
-"""Keys: the header of a sealed key record, and the profile that an authority's certificates must keep.
+"""Keys: the header of a sealed key record, and the profiles that an authority's certificates and tokens must keep.
 
-A `KeyRecord` that exists is consistent: its purposes fit its role, its SPKI is of its type, and an authority that signs certificates has a
-profile. The canonical JSON of a record is the associated data of its seal, so it has exactly one encoding.
+A `KeyRecord` that exists is consistent: its purposes fit its role and its type, its SPKI is of its type, and an authority has a profile.
+The canonical JSON of a record is the associated data of its seal, so it has exactly one encoding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from keyreeve_common.errors import InvalidRequest, KeyreeveError, KeyTypeNotSupp
 from keyreeve_common.identity import MAX_ID_BYTES, TrustDomain
 from keyreeve_common.key_id import KeyId, parse_key_id
 from keyreeve_common.purposes import PURPOSES_OF_ROLE, KeyRole, Purpose, parse_purpose
-from keyreeve_common.schemes import KeyType, key_type_of
+from keyreeve_common.schemes import KeyFamily, KeyType, key_type_of
 
 from keyreeve_keyserver.domain.der import DerError, check_name
 
@@ -31,6 +31,10 @@ MAX_NAME_BYTES = 64
 MAX_SUBJECT_BYTES = 4_096
 MAX_PATH_LENGTH = 16
 MAX_PROFILE_SECONDS = 100 * 366 * 86_400
+MAX_JWT_TTL = timedelta(days=1)  # a JWT-SVID cannot be revoked
+PROFILED_PURPOSES = frozenset({Purpose.X509_CERTIFICATE, Purpose.X509_CRL, Purpose.OCSP_RESPONSE})
+# Ed25519 hashes the message itself, and JWT-SVIDs have no EdDSA (JW-03).
+NOT_WITH_ED25519 = frozenset({Purpose.DIGEST, Purpose.JWT_SVID})
 
 
 class KeyState(StrEnum):
@@ -91,6 +95,21 @@ class AuthorityProfile:
 
 
 @dataclass(frozen=True, slots=True)
+class JwtProfile:
+    """What a JWT authority may sign: tokens of subjects in this trust domain that end at most `max_ttl` from now. Raises: InvalidRequest."""
+
+    trust_domain: TrustDomain
+    max_ttl: timedelta
+
+    def __post_init__(self) -> None:
+        in_bounds = timedelta(seconds=1) <= self.max_ttl <= MAX_JWT_TTL
+        _require(in_bounds, f"jwt_profile: max_ttl_s is not from 1 to {int(MAX_JWT_TTL / timedelta(seconds=1))}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"trust_domain": self.trust_domain.name, "max_ttl_s": int(self.max_ttl / timedelta(seconds=1))}
+
+
+@dataclass(frozen=True, slots=True)
 class KeyRecord:
     """The header of a sealed key record: everything the signer needs to judge, and nothing secret.
 
@@ -107,19 +126,22 @@ class KeyRecord:
     label: str
     created: datetime
     authority_profile: AuthorityProfile | None = None
+    jwt_profile: JwtProfile | None = None
 
     def __post_init__(self) -> None:
-        check_purposes(self.role, self.purposes, self.authority_profile)
+        check_purposes(self.role, self.purposes, self.authority_profile, self.jwt_profile, key_type=self.key_type)
         check_label(self.label)
         _require(1 <= len(self.backend) <= MAX_NAME_BYTES, "backend name is empty or too long")
         _require(self.created.tzinfo is UTC and self.created.microsecond == 0, "created is not whole seconds of UTC")
         _require(parse_spki(self.spki_der) is self.key_type, f"public key is not of type {self.key_type.value}")
 
     def to_header(self) -> bytes:
-        """The canonical JSON: sorted names, no spaces, ASCII."""
+        """The canonical JSON: sorted names, no spaces, ASCII. Only a JWT authority has `jwt_profile`: older records stay as they are."""
         profile = self.authority_profile
+        jwt = {} if self.jwt_profile is None else {"jwt_profile": self.jwt_profile.to_json()}
         return canonical_json(
-            {
+            jwt
+            | {
                 "version": RECORD_VERSION,
                 "key_id": self.key_id,
                 "key_type": self.key_type.value,
@@ -135,14 +157,28 @@ class KeyRecord:
         )
 
 
-def check_purposes(role: KeyRole, purposes: frozenset[Purpose], profile: AuthorityProfile | None) -> None:
-    """Raises: InvalidRequest when a key cannot have this role, these purposes and this profile together."""
+def check_purposes(
+    role: KeyRole,
+    purposes: frozenset[Purpose],
+    profile: AuthorityProfile | None,
+    jwt_profile: JwtProfile | None = None,
+    *,
+    key_type: KeyType,
+) -> None:
+    """Raises: InvalidRequest when a key of this type cannot have this role, these purposes and these profiles together."""
     _require(bool(purposes), "a key needs at least one purpose")
     foreign = sorted(purpose.label for purpose in purposes - PURPOSES_OF_ROLE[role])
     _require(not foreign, f"a key of role {role.value} cannot have purpose {', '.join(foreign)}")
-    certifies = Purpose.X509_CERTIFICATE in purposes
-    _require(not certifies or profile is not None, "purpose x509_certificate needs an authority_profile")
-    _require(certifies or profile is None, "authority_profile is only for keys with purpose x509_certificate")
+    needed = sorted(purpose.label for purpose in purposes & PROFILED_PURPOSES)
+    _require(not needed or profile is not None, f"purpose {', '.join(needed)} needs an authority_profile")
+    names = ", ".join(sorted(purpose.label for purpose in PROFILED_PURPOSES))
+    _require(bool(needed) or profile is None, f"authority_profile is only for keys with purpose {names}")
+    is_jwt = Purpose.JWT_SVID in purposes
+    _require(not is_jwt or jwt_profile is not None, "purpose jwt_svid needs a jwt_profile")
+    _require(is_jwt or jwt_profile is None, "jwt_profile is only for keys with purpose jwt_svid")
+    if key_type.family is KeyFamily.ED25519:
+        barred = sorted(purpose.label for purpose in purposes & NOT_WITH_ED25519)
+        _require(not barred, f"a key of type {key_type.value} cannot have purpose {', '.join(barred)}")
 
 
 def check_label(label: str) -> None:
@@ -156,6 +192,7 @@ def parse_record_header(data: bytes) -> KeyRecord:
     _require(fields.pop("version", None) == RECORD_VERSION, f"record is not of version {RECORD_VERSION}")
     try:
         profile = fields.pop("authority_profile")
+        jwt_profile = fields.pop("jwt_profile", None)
         record = KeyRecord(
             key_id=parse_key_id(_text(fields, "key_id")),
             key_type=KeyType(_text(fields, "key_type")),
@@ -167,6 +204,7 @@ def parse_record_header(data: bytes) -> KeyRecord:
             label=_text(fields, "label"),
             created=datetime.strptime(_text(fields, "created"), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC),
             authority_profile=None if profile is None else parse_authority_profile(profile),
+            jwt_profile=None if jwt_profile is None else parse_jwt_profile(jwt_profile),
         )
     except KeyreeveError:
         raise
@@ -191,6 +229,18 @@ def parse_authority_profile(value: object) -> AuthorityProfile:
         max_validity=timedelta(seconds=_whole(fields, "max_validity_s", high=MAX_PROFILE_SECONDS)),
         max_backdate=timedelta(seconds=_whole(fields, "max_backdate_s", high=MAX_PROFILE_SECONDS)),
         max_path_length=None if path_length is None else _whole(fields, "max_path_length", high=MAX_PATH_LENGTH),
+    )
+
+
+def parse_jwt_profile(value: object) -> JwtProfile:
+    """The profile that a JSON object gives, every field present and none besides. Raises: InvalidRequest."""
+    _require(isinstance(value, Mapping), "jwt_profile is not an object")
+    fields = dict(value) if isinstance(value, Mapping) else {}
+    odd = sorted(str(name) for name in fields.keys() ^ {"trust_domain", "max_ttl_s"})
+    _require(not odd, f"jwt_profile: field missing or unknown: {', '.join(odd)[:200]}")
+    return JwtProfile(
+        trust_domain=TrustDomain(_text(fields, "trust_domain")),
+        max_ttl=timedelta(seconds=_whole(fields, "max_ttl_s", high=MAX_PROFILE_SECONDS)),
     )
 
 

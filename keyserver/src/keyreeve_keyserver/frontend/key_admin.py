@@ -151,6 +151,8 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         }
         if entry.authority_profile is not None:
             arguments["authority_profile"] = entry.authority_profile.to_json()
+        if entry.jwt_profile is not None:
+            arguments["jwt_profile"] = entry.jwt_profile.to_json()
         try:
             made = await self._link.control("create_key", timeout=self._timeout_s, **arguments)
         except Conflict:

@@ -22,6 +22,7 @@ from keyreeve_keyserver.domain.keys import (
     MAX_PROFILE_SECONDS,
     AuthorityKind,
     AuthorityProfile,
+    JwtProfile,
     KeyState,
     check_purposes,
 )
@@ -57,15 +58,20 @@ def new_key_from_proto(request: keyserver_pb2.CreateKeyRequest, own: TrustDomain
     profile = _profile_from_proto(request.authority_profile) if request.HasField("authority_profile") else None
     if profile is not None and profile.trust_domain != own:
         raise InvalidRequest(f"authority_profile: trust domain is not {own}, the one of this key cluster")
-    check_purposes(role, purposes, profile)
+    jwt_profile = _jwt_profile_from_proto(request.jwt_profile) if request.HasField("jwt_profile") else None
+    if jwt_profile is not None and jwt_profile.trust_domain != own:
+        raise InvalidRequest(f"jwt_profile: trust domain is not {own}, the one of this key cluster")
+    key_type = _member(_KEY_TYPES, request.key_type, "key_type")
+    check_purposes(role, purposes, profile, jwt_profile, key_type=key_type)
     return NewKey(
         request_id=request.request_id,
-        key_type=_member(_KEY_TYPES, request.key_type, "key_type"),
+        key_type=key_type,
         role=role,
         purposes=purposes,
         backend=request.backend,
         label=request.label,
         authority_profile=profile,
+        jwt_profile=jwt_profile,
     )
 
 
@@ -102,6 +108,9 @@ def key_to_proto(entry: KeyEntry, *, signatures: int) -> keyserver_pb2.Key:
     )
     if entry.authority_profile is not None:
         message.authority_profile.CopyFrom(_profile_to_proto(entry.authority_profile))
+    if entry.jwt_profile is not None:
+        message.jwt_profile.trust_domain = entry.jwt_profile.trust_domain.name
+        message.jwt_profile.max_ttl.FromTimedelta(entry.jwt_profile.max_ttl)
     return message
 
 
@@ -176,16 +185,20 @@ def _profile_from_proto(message: keyserver_pb2.AuthorityProfile) -> AuthorityPro
         trust_domain=TrustDomain(message.trust_domain),
         kind=kind,
         subject_der=message.subject_der,
-        max_validity=_duration(message.max_validity, "max_validity"),
-        max_backdate=_duration(message.max_backdate, "max_backdate"),
+        max_validity=_duration(message.max_validity, "authority_profile.max_validity"),
+        max_backdate=_duration(message.max_backdate, "authority_profile.max_backdate"),
         max_path_length=message.max_path_length if kind is AuthorityKind.ROOT else None,
     )
+
+
+def _jwt_profile_from_proto(message: keyserver_pb2.JwtProfile) -> JwtProfile:
+    return JwtProfile(TrustDomain(message.trust_domain), _duration(message.max_ttl, "jwt_profile.max_ttl"))
 
 
 def _duration(message: Duration, field: str) -> timedelta:
     """Whole seconds, as the sealed record keeps them."""
     if not 0 <= message.seconds <= MAX_PROFILE_SECONDS:
-        raise InvalidRequest(f"authority_profile.{field}: allowed are 0 to {MAX_PROFILE_SECONDS} s")
+        raise InvalidRequest(f"{field}: allowed are 0 to {MAX_PROFILE_SECONDS} s")
     return _SECOND * message.seconds
 
 

@@ -19,9 +19,9 @@ from keyreeve_common.errors import (
 )
 from keyreeve_common.key_id import KeyId, parse_key_id
 from keyreeve_common.metrics import samples_to_json
-from keyreeve_common.purposes import KeyRole
+from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.schemes import KeyType
-from keyreeve_common.telemetry import log
+from keyreeve_common.telemetry import log, log_warning
 from keyreeve_common.transparency.records import AuditRecord, Event, microseconds
 
 from keyreeve_keyserver.audit.events import front_end_records, key_record
@@ -32,6 +32,7 @@ from keyreeve_keyserver.domain.keys import (
     check_label,
     check_purposes,
     parse_authority_profile,
+    parse_jwt_profile,
     parse_purposes,
 )
 from keyreeve_keyserver.domain.secret import Secret
@@ -43,7 +44,7 @@ from keyreeve_keyserver.signer.self_test import load_tested
 from keyreeve_keyserver.signer.service import KeyTable
 
 _REQUIRED = frozenset({"key_id", "key_type", "role", "purposes"})
-_OPTIONAL = frozenset({"backend", "label", "authority_profile"})
+_OPTIONAL = frozenset({"backend", "label", "authority_profile", "jwt_profile"})
 
 
 class ControlService:
@@ -124,7 +125,9 @@ class ControlService:
         purposes = parse_purposes(arguments["purposes"])
         given = arguments.get("authority_profile")
         profile = None if given is None else parse_authority_profile(given)
-        check_purposes(role, purposes, profile)
+        given = arguments.get("jwt_profile")
+        jwt_profile = None if given is None else parse_jwt_profile(given)
+        check_purposes(role, purposes, profile, jwt_profile, key_type=key_type)
         label = _text(arguments, "label") if arguments.get("label") is not None else ""
         check_label(label)
         backend = self._backend(_text(arguments, "backend") if arguments.get("backend") else self._default)
@@ -142,9 +145,14 @@ class ControlService:
             label=label,
             created=self._now().astimezone(UTC).replace(microsecond=0),
             authority_profile=profile,
+            jwt_profile=jwt_profile,
         )
         sealed = await self._seal_or_destroy(record, created, backend)
         await self._record_or_destroy(record, backend)
+        if Purpose.DIGEST in purposes:
+            log_warning(
+                "digest_key_created", key_id=key_id, detail="whoever may use this purpose has the key sign anything"
+            )
         log("key_created", key_id=key_id, key_type=key_type.value, role=role.value, backend=backend.name)
         return {
             "record": base64.b64encode(sealed).decode("ascii"),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -21,6 +22,7 @@ from keyreeve_common.errors import (
     TokenUnavailable,
 )
 from keyreeve_common.key_id import KeyId
+from keyreeve_common.purposes import Purpose
 from keyreeve_common.telemetry import log_exception, log_warning
 from keyreeve_common.transparency.records import microseconds
 
@@ -74,7 +76,8 @@ def judge_item(
     scheme = check_request(item.message, record, purpose=item.purpose, scheme=item.scheme, now=now)
     if item.deadline_ms == 0:
         raise DeadlineExceeded("deadline_ms is 0")
-    return SignRequest(record, scheme, item.message, received + item.deadline_ms / 1000)
+    prehashed = item.purpose == Purpose.DIGEST
+    return SignRequest(record, scheme, item.message, received + item.deadline_ms / 1000, prehashed)
 
 
 class SigningService:
@@ -107,6 +110,7 @@ class SigningService:
                 await asyncio.sleep(0)  # certificates take long to judge: let other batches in
             for item in batch.items[at : at + _JUDGED_AT_ONCE]:
                 self._judge(item, received, refused, lanes)
+        _log_digests(batch, lanes.values())
         if refused:
             for result in refused:
                 if isinstance(result, Refused):
@@ -166,3 +170,10 @@ class SigningService:
         codes = sorted({result.error.code.value for result in refused if isinstance(result, Refused)})
         if codes != ["key_not_found"]:
             log_warning("sign_refused", caller=batch.caller, items=len(refused), codes=",".join(codes))
+
+
+def _log_digests(batch: SignBatch, lanes: Iterable[list[JudgedItem]]) -> None:
+    """Before anything is signed: nobody can tell afterwards what a signed digest was of."""
+    counts = Counter(judged.request.record.key_id for lane in lanes for judged in lane if judged.request.prehashed)
+    for key_id, count in counts.items():
+        log_warning("signing_digest", caller=batch.caller, key_id=key_id, items=count)

@@ -14,7 +14,7 @@ from keyreeve_common.errors import (
     PurposeNotPermitted,
     SchemeNotSupported,
 )
-from keyreeve_common.purposes import Purpose, build_tls13_content
+from keyreeve_common.purposes import PURPOSES_OF_ROLE, Purpose, build_tls13_content
 from keyreeve_common.schemes import KeyType, SignatureScheme
 from keyreeve_keyserver.domain.purposes import FORMS, check_length, check_request
 from keyreeve_testing.tbs import (
@@ -142,7 +142,7 @@ def test_schemes_that_do_not_fit_are_refused(scheme: int) -> None:
 
 
 @pytest.mark.parametrize("purpose", [0, 5, 6, 7, 8, 9, 10, 11, 255])
-def test_purposes_not_offered_are_named(purpose: int) -> None:
+def test_purposes_of_other_keys_are_named(purpose: int) -> None:
     name = Purpose(purpose).label if purpose in range(1, 11) else str(purpose)
     with pytest.raises(PurposeNotPermitted, match=name):
         judge(build_tls13_content(SERVER, bytes(32)), purpose)
@@ -179,4 +179,5 @@ def test_nothing_else_comes_out(message: bytes, purpose: int, scheme: int) -> No
 
 
 def test_table_holds_what_is_offered() -> None:
-    assert set(FORMS) == {SERVER, CLIENT, Purpose.X509_CERTIFICATE, Purpose.CERTIFICATE_REQUEST}
+    assert set(FORMS) == set(Purpose) - {Purpose.UNSPECIFIED}
+    assert frozenset().union(*PURPOSES_OF_ROLE.values()) == set(FORMS)
