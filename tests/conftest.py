@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
+from keyreeve_testing.openbao import OpenBao
 
 settings.register_profile("keyreeve", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
 settings.load_profile("keyreeve")
+
+
+@pytest.fixture(scope="session")
+def bao(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenBao]:
+    """One OpenBao server for all tests that leave it as it is: each mounts engines of its own."""
+    server = OpenBao(tmp_path_factory.mktemp("openbao"))
+    try:
+        yield server.start()
+    finally:
+        server.close()

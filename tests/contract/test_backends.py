@@ -32,12 +32,14 @@ from keyreeve_common.key_id import KeyId
 from keyreeve_common.pkcs11_uri import Pkcs11Uri
 from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.schemes import HASHES, KeyType, SignatureScheme, schemes_of
+from keyreeve_common.vault.config import VaultLogin
 from keyreeve_common.verification import rsa_padding
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend, BackendState, CreatedKey, SignRequest
 from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.backends.worker_pool import PoolPolicy
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
+from keyreeve_testing.openbao import PREFIX, TRANSIT_POLICY, OpenBao, transit_config, vault_backend
 from keyreeve_testing.softhsm import SoftHsmToken, make_softhsm_token, softhsm_is_installed
 
 softhsm = pytest.mark.softhsm
@@ -68,11 +70,23 @@ async def hsm(token: SoftHsmToken) -> AsyncIterator[Pkcs11Backend]:
     await backend.close()
 
 
-@pytest.fixture(params=["software", pytest.param("softhsm", marks=[softhsm, needs_softhsm])])
+@pytest.fixture(
+    params=[
+        "software",
+        pytest.param("softhsm", marks=[softhsm, needs_softhsm]),
+        pytest.param("vault", marks=pytest.mark.openbao),
+    ]
+)
 async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Backend]:
     made: Backend
     if request.param == "software":
         made = SoftwareBackend("software")
+    elif request.param == "vault":
+        bao: OpenBao = request.getfixturevalue("bao")
+        mount = bao.enable("transit")
+        policy = bao.policy(TRANSIT_POLICY, mount=mount, prefix=PREFIX)
+        token_file = bao.token(policy, directory=tmp_path)
+        made = vault_backend(transit_config(bao, mount, login=VaultLogin.TOKEN, token_file=token_file))
     else:
         made = Pkcs11Backend("hsm", settings_of(make_softhsm_token(tmp_path / "softhsm")))
     await made.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
 import typing
 from collections.abc import Iterator
 from datetime import timedelta
@@ -31,7 +32,8 @@ def keys_of(kind: type, prefix: str = "") -> Iterator[tuple[str, object]]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
-        inner = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+        wrapped = typing.get_origin(hint) in (tuple, types.UnionType, typing.Union)
+        inner = typing.get_args(hint)[0] if wrapped else hint
         if isinstance(inner, type) and dataclasses.is_dataclass(inner) and inner.__module__.endswith("config"):
             yield from keys_of(inner, f"{prefix}{field.name}.")
         else:

@@ -63,6 +63,7 @@ static const struct {
     {36, "spiffe_id_invalid"},
     {37, "svid_invalid"},
     {38, "sealed_record_invalid"},
+    {43, "vault_access_denied"},
     {44, "overloaded"},
 };
 

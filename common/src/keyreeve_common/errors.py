@@ -56,6 +56,7 @@ class ErrorCode(StrEnum):
     APPROVAL_INVALID = "approval_invalid"
     OVERLOADED = "overloaded"
     AUDIT_UNAVAILABLE = "audit_unavailable"
+    VAULT_ACCESS_DENIED = "vault_access_denied"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,7 @@ RENDERINGS: dict[ErrorCode, Rendering] = {
     ErrorCode.APPROVAL_INVALID: Rendering(42, "PERMISSION_DENIED", 403),
     ErrorCode.OVERLOADED: Rendering(44, "RESOURCE_EXHAUSTED", 503),
     ErrorCode.AUDIT_UNAVAILABLE: Rendering(45, "UNAVAILABLE", 503),
+    ErrorCode.VAULT_ACCESS_DENIED: Rendering(43, "UNAVAILABLE", 503),
 }
 CODE_BY_WIRE: dict[int, ErrorCode] = {rendering.wire: code for code, rendering in RENDERINGS.items()}
 
@@ -248,7 +250,7 @@ class AttestationFailed(PermissionDenied):
 
 
 class TokenUnavailable(Unavailable):
-    """The PKCS#11 module, token or session cannot be used now."""
+    """The PKCS#11 module, token or session, or the Vault server, cannot be used now."""
 
     default_code = ErrorCode.TOKEN_UNAVAILABLE
 
@@ -257,6 +259,12 @@ class TokenSessionsExhausted(TokenUnavailable):
     """The token has no session left for another worker."""
 
     default_code = ErrorCode.TOKEN_SESSIONS_EXHAUSTED
+
+
+class VaultAccessDenied(TokenUnavailable):
+    """Vault refused our login, or its policy what we asked for: an operator of Vault must act. Another replica may have better rights."""
+
+    default_code = ErrorCode.VAULT_ACCESS_DENIED
 
 
 class TokenPinIncorrect(FailedPrecondition):

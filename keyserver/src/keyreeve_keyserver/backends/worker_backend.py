@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from datetime import timedelta
 from typing import cast
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 from keyreeve_common.errors import (
     Internal,
@@ -25,7 +25,7 @@ from keyreeve_common.errors import (
 )
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.schemes import KeyFamily, KeyType, SignatureScheme
-from keyreeve_common.verification import hash_algorithm, rsa_padding
+from keyreeve_common.verification import verify_signature
 
 from keyreeve_keyserver.backends import worker_frames as frames
 from keyreeve_keyserver.backends.launch import WorkerSpec
@@ -48,15 +48,29 @@ _REF_BYTES = 16
 
 
 class WorkerBackend:
-    """`worker` says how to start its workers. Without a launcher in `start` it starts one for itself."""
+    """`worker` says how to start its workers. Without a launcher in `start` it starts one for itself.
 
-    def __init__(self, worker: WorkerSpec, *, custody: Custody, workers: int, policy: PoolPolicy) -> None:
+    `ref_form` says how a key's reference is written around its random part. `verifies_all`: not RSA results alone are verified before release.
+    """
+
+    def __init__(
+        self,
+        worker: WorkerSpec,
+        *,
+        custody: Custody,
+        workers: int,
+        policy: PoolPolicy,
+        ref_form: str = "{}",
+        verifies_all: bool = False,
+    ) -> None:
         self.worker = worker
         self._name = worker.backend
         self._custody = custody
         self._size = workers
         self._policy = policy
-        self._loaded: dict[KeyId, rsa.RSAPublicKey | None] = {}
+        self._ref_form = ref_form
+        self._verifies_all = verifies_all
+        self._loaded: dict[KeyId, PublicKeyTypes | None] = {}
         self._launcher: LauncherLink | None = None
         self._started: WorkerPool | None = None
 
@@ -110,7 +124,7 @@ class WorkerBackend:
             raise KeyTypeNotSupported(f"backend {self._name} has no keys of type {key_type.value}")
         # Key ids are the front end's to choose; the reference is ours and never comes back, so that the record of a destroyed key
         # cannot be loaded over a later key of the same id.
-        ref = secrets.token_hex(_REF_BYTES)
+        ref = self._ref_form.format(secrets.token_hex(_REF_BYTES))
         answer = await self._done(frames.Create(ref, key_id, key_type))
         try:
             spki_der = bytes.fromhex(cast("str", answer["spki_der"]))
@@ -122,9 +136,12 @@ class WorkerBackend:
     async def load(self, record: KeyRecord, secret: Secret | None) -> None:
         if secret:
             raise SealedRecordInvalid("record of a token key holds a software key")
-        await self._done(frames.Find(record.backend_ref))
+        found = await self._done(frames.Find(record.backend_ref))
+        if found.get("spki_der", record.spki_der.hex()) != record.spki_der.hex():
+            raise SealedRecordInvalid("the key that is found under the record's reference is not the record's")
         public_key = load_der_public_key(record.spki_der)
-        self._loaded[record.key_id] = public_key if isinstance(public_key, rsa.RSAPublicKey) else None
+        verified = self._verifies_all or isinstance(public_key, rsa.RSAPublicKey)
+        self._loaded[record.key_id] = public_key if verified else None
 
     def forget(self, key_id: KeyId) -> None:
         self._loaded.pop(key_id, None)
@@ -139,15 +156,20 @@ class WorkerBackend:
         return outcomes
 
     def _chunks(self, requests: Sequence[SignRequest]) -> list[list[tuple[int, SignRequest]]]:
-        lanes: dict[KeyFamily, list[tuple[int, SignRequest]]] = {}
+        lanes: dict[Hashable, list[tuple[int, SignRequest]]] = {}
         for index, request in enumerate(requests):
             if request.record.key_id in self._loaded:
-                lanes.setdefault(request.record.key_type.family, []).append((index, request))
+                lanes.setdefault(self._lane_of(request), []).append((index, request))
         return [
-            lane[at : at + _CHUNKS[family]]
-            for family, lane in lanes.items()
-            for at in range(0, len(lane), _CHUNKS[family])
+            lane[at : at + size]
+            for lane in lanes.values()
+            for size in (_CHUNKS[lane[0][1].record.key_type.family],)
+            for at in range(0, len(lane), size)
         ]
+
+    def _lane_of(self, request: SignRequest) -> Hashable:
+        """Requests of one lane go to one worker in one question; all of a lane are of one key family."""
+        return request.record.key_type.family
 
     async def _sign_chunk(self, chunk: list[tuple[int, SignRequest]], outcomes: list[SignOutcome]) -> None:
         now = time.monotonic()
@@ -176,7 +198,7 @@ class WorkerBackend:
             outcomes[index] = self._verified(request, outcome)
 
     def _verified(self, request: SignRequest, outcome: SignOutcome) -> SignOutcome:
-        """An RSA result is verified before release, whatever made it; a key that was forgotten meanwhile releases nothing."""
+        """RSA results are verified before release, and all of a service; a key that was forgotten meanwhile releases nothing."""
         if isinstance(outcome, KeyreeveError):
             return outcome
         if request.record.key_id not in self._loaded:
@@ -184,10 +206,11 @@ class WorkerBackend:
         public_key = self._loaded[request.record.key_id]
         if public_key is None:
             return outcome
-        algorithm = hash_algorithm(request.scheme, prehashed=request.prehashed)
         try:
-            public_key.verify(outcome, request.message, rsa_padding(request.scheme), algorithm)
-        except InvalidSignature:
+            verify_signature(
+                public_key, request.scheme, request.message, signature=outcome, prehashed=request.prehashed
+            )
+        except KeyreeveError:
             return SignatureMismatch("the token gave a signature that does not verify")
         return outcome
 

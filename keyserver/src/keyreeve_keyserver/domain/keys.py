@@ -51,6 +51,7 @@ class Custody(StrEnum):
 
     TOKEN_RESIDENT = "token-resident"  # noqa: S105 - a place, not a secret
     SEALED_SOFTWARE = "sealed-software"
+    VAULT_TRANSIT = "vault-transit"
 
 
 class AuthorityKind(StrEnum):

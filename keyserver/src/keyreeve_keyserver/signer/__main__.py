@@ -26,6 +26,7 @@ from keyreeve_keyserver.backends.launcher_link import LauncherLink
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend
 from keyreeve_keyserver.backends.software import SoftwareBackend
+from keyreeve_keyserver.backends.vault_backend import VaultBackend
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
 from keyreeve_keyserver.backends.worker_pool import PoolPolicy
 from keyreeve_keyserver.domain.breaker import BreakerPolicy
@@ -141,6 +142,15 @@ async def _until_signal(serving: Coroutine[None, None, None]) -> None:
 def _backend(config: BackendConfig) -> Backend:
     if config.kind is BackendKind.SOFTWARE:
         return SoftwareBackend(config.name, threads=config.workers)
+    if config.vault is not None:
+        return VaultBackend(
+            config.name,
+            config.vault,
+            mount=config.vault.mount,
+            key_prefix=config.vault.key_prefix,
+            workers=config.workers,
+            policy=_pool_policy(config),
+        )
     return Pkcs11Backend(
         config.name,
         Pkcs11Settings(
@@ -171,6 +181,10 @@ def _key_encryption_key(config: SignerConfig, backends: dict[str, Backend]) -> K
     if sealing.passphrase_file is not None:
         passphrase = check_passphrase(read_secret(sealing.passphrase_file))
         return PassphraseKey(load_kdf_parameters(sealing.kdf_path).derive(passphrase))
+    if sealing.vault_backend is not None and sealing.vault_key_name is not None:
+        vault = backends[sealing.vault_backend]
+        assert isinstance(vault, VaultBackend)  # noqa: S101 - SignerConfig holds it
+        return TokenKey(vault, sealing.vault_key_name)
     backend = backends[sealing.token_backend or ""]
     assert isinstance(backend, Pkcs11Backend) and sealing.token_key_label  # noqa: S101, PT018 - SignerConfig holds it
     return TokenKey(backend, sealing.token_key_label)

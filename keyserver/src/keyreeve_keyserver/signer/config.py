@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import StrEnum
@@ -11,18 +12,21 @@ from keyreeve_common.errors import ConfigInvalid, InvalidRequest
 from keyreeve_common.key_id import parse_key_id
 from keyreeve_common.pkcs11_uri import Pkcs11Uri, parse_pkcs11_uri
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES
+from keyreeve_common.vault.config import VaultConfig, check_mount
 
 MAX_WORKERS = 64
+_KEY_PREFIX = re.compile(r"[a-z0-9][a-z0-9-]{0,23}", re.ASCII)
 
 
 class BackendKind(StrEnum):
     SOFTWARE = "software"
     PKCS11 = "pkcs11"
+    VAULT = "vault"
 
 
 @dataclass(frozen=True, slots=True)
 class SealingConfig:
-    """Either `passphrase_file`, with the parameters of scrypt in `kdf_file`; or an AES key of a PKCS#11 backend's token.
+    """`passphrase_file`, with the parameters of scrypt in `kdf_file`; or an AES key of a PKCS#11 backend's token; or one of a Vault backend.
 
     `kdf_file` is made on the first start. Replicas that share a catalog share both files.
     """
@@ -31,13 +35,22 @@ class SealingConfig:
     kdf_file: Path | None = None
     token_backend: str | None = None
     token_key_label: str | None = None
+    vault_backend: str | None = None
+    vault_key_name: str | None = None
 
     def __post_init__(self) -> None:
         by_token = self.token_backend is not None or self.token_key_label is not None
+        by_vault = self.vault_backend is not None or self.vault_key_name is not None
         _require(
-            by_token != (self.passphrase_file is not None),
-            "give passphrase_file, or token_backend with token_key_label",
+            (self.passphrase_file is not None) + by_token + by_vault == 1,
+            "give passphrase_file, or token_backend with token_key_label, or vault_backend with vault_key_name",
         )
+        _require(
+            not by_vault or (self.vault_backend is not None and self.vault_key_name is not None),
+            "vault_backend and vault_key_name go together",
+        )
+        if self.vault_key_name is not None:
+            _check_name(self.vault_key_name, "vault_key_name")
         _require(
             not by_token or (self.token_backend is not None and self.token_key_label is not None),
             "token_backend and token_key_label go together",
@@ -53,9 +66,25 @@ class SealingConfig:
         return self.kdf_file or self.passphrase_file.with_name(self.passphrase_file.name + ".kdf")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransitConfig(VaultConfig):
+    """`key_prefix` begins the names of the Transit keys that Keyreeve makes. Keys that exist keep their names when it is changed."""
+
+    mount: str = "transit"
+    key_prefix: str = "keyreeve-"
+
+    def __post_init__(self) -> None:
+        VaultConfig.__post_init__(self)
+        check_mount(self.mount, "mount")
+        _require(
+            _KEY_PREFIX.fullmatch(self.key_prefix) is not None,
+            "key_prefix is not up to 24 of a-z, 0-9 and '-' with a letter or digit first",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class BackendConfig:
-    """`workers` are threads of a software backend (0: one per processor) and processes of a PKCS#11 backend (0: two).
+    """`workers` are threads of a software backend (0: one per processor) processes of a PKCS#11 (0: two) or Vault (0: four) backend.
 
     A token is named by `uri`, or by `token_label`; the module and the PIN's file stand in the URI or in keys of their own.
     """
@@ -73,9 +102,14 @@ class BackendConfig:
     keepalive: timedelta = timedelta(seconds=30)
     breaker_faults: int = 5
     breaker_pause: timedelta = timedelta(seconds=1)
+    vault: TransitConfig | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name, "name")
+        _require(
+            (self.vault is not None) == (self.kind is BackendKind.VAULT),
+            f"backend {self.name}: kind vault needs a table [backend.vault], and no other kind has one",
+        )
         _require(0 <= self.workers <= MAX_WORKERS, f"workers is not 0 to {MAX_WORKERS}")
         _require(self.call_timeout >= timedelta(milliseconds=100), "call_timeout is below 100ms")
         _require(self.sign_timeout >= timedelta(milliseconds=100), "sign_timeout is below 100ms")
@@ -142,6 +176,9 @@ class SignerConfig:
         token_backends = [backend.name for backend in self.backend if backend.kind is BackendKind.PKCS11]
         by = self.sealing.token_backend
         _require(by is None or by in token_backends, "sealing.token_backend names no backend of kind pkcs11")
+        vaults = [backend.name for backend in self.backend if backend.kind is BackendKind.VAULT]
+        by = self.sealing.vault_backend
+        _require(by is None or by in vaults, "sealing.vault_backend names no backend of kind vault")
 
     @property
     def default_name(self) -> str:
