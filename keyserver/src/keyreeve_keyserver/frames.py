@@ -27,8 +27,11 @@ MAX_CONTROL_BYTES = 1_048_576
 MAX_SIGNATURE_BYTES = 1_024
 NO_TRACE: Final = bytes(TRACE_BYTES)  # of requests that have no id of their own
 LOCAL_CALLER: Final = "local"
-SIGN_BATCH, SIGN_RESULTS, CONTROL, CONTROL_OK, CONTROL_REFUSED, MALFORMED = 0x10, 0x90, 0x20, 0xA0, 0xAF, 0x8F
+SIGN_BATCH, SIGN_RESULTS, SPANS = 0x10, 0x90, 0x91
+CONTROL, CONTROL_OK, CONTROL_REFUSED, MALFORMED = 0x20, 0xA0, 0xAF, 0x8F
 _OP = re.compile(r"[a-z_]{1,32}", re.ASCII)
+_SPAN_NAME = re.compile(r"[a-z0-9_.]{1,32}", re.ASCII)
+MAX_SPAN_DETAIL = 64
 JsonObject = dict[str, Any]
 
 
@@ -106,6 +109,28 @@ class SignResults:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """One step of a request that is traced. `trace` is the item's; times are Unix microseconds; `name` is of a-z, 0-9, '_' and '.'."""
+
+    trace: bytes = field(repr=False)
+    name: str
+    start_us: int
+    end_us: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """What the signer measured for items whose context asks for it; it comes before their results, and is never needed for them."""
+
+    spans: tuple[Span, ...]
+
+    def to_bytes(self) -> bytes:
+        rows = [[span.trace.hex(), span.name, span.start_us, span.end_us, span.detail] for span in self.spans]
+        return _frame(SPANS, bytes32(_json_bytes({"spans": rows})))
+
+
+@dataclass(frozen=True, slots=True)
 class Control:
     """One control operation. `arguments` are the members of the JSON object other than `op`."""
 
@@ -146,7 +171,7 @@ class Malformed:
 
 
 RequestFrame = SignBatch | Control
-AnswerFrame = SignResults | ControlOk | ControlRefused | Malformed
+AnswerFrame = SignResults | Spans | ControlOk | ControlRefused | Malformed
 
 
 def splitter() -> FrameSplitter:
@@ -175,6 +200,8 @@ def parse_answer_frame(frame: bytes) -> AnswerFrame:
         results = tuple(_read_result(reader) for _ in range(count))
         reader.finish()
         return SignResults(batch_id, results)
+    if kind == SPANS:
+        return _read_spans(_read_json(reader))
     if kind == CONTROL_OK:
         return ControlOk(reader.u32("request_id"), _read_json(reader))
     if kind == CONTROL_REFUSED:
@@ -242,6 +269,26 @@ def _read_result(reader: Reader) -> SignResult:
     if code == 0:
         return Signed(item_id, reader.bytes16("signature", low=1, high=MAX_SIGNATURE_BYTES))
     return Refused(item_id, _read_error(reader, code))
+
+
+def _read_spans(value: JsonObject) -> Spans:
+    try:
+        rows = value.pop("spans")
+        good = not value and all(map(_is_span, rows))
+        spans = tuple(Span(bytes.fromhex(row[0]), *row[1:]) for row in rows) if good else ()
+        good = good and all(len(span.trace) == TRACE_BYTES for span in spans)
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise MalformedFrame("spans are not [trace, name, start, end, detail]")
+    return Spans(spans)
+
+
+def _is_span(row: Any) -> bool:
+    _, name, start, end, detail = row
+    times = type(start) is int and type(end) is int and 0 <= start <= end < 2**53
+    texts = isinstance(name, str) and isinstance(detail, str) and len(detail) <= MAX_SPAN_DETAIL
+    return times and texts and _SPAN_NAME.fullmatch(name) is not None
 
 
 def _read_count(reader: Reader) -> int:

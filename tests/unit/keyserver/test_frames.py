@@ -212,3 +212,38 @@ def test_every_error_code_crosses() -> None:
 def test_message_is_not_in_the_repr() -> None:
     assert "message" not in repr(item(message=b"to be signed"))
     assert frames.Refused(1, TokenUnavailable("gone")).error.detail == "gone"
+
+
+SPANS = st.builds(
+    frames.Span,
+    st.binary(min_size=25, max_size=25),
+    st.sampled_from(["signer.judge", "a_b.c"]),
+    st.integers(0, 1000),
+    st.integers(1000, 2**53 - 1),
+    st.text(st.characters(codec="utf-8"), max_size=64),
+)
+
+
+@given(st.lists(SPANS, max_size=5).map(tuple))
+def test_spans_cross(spans: tuple[frames.Span, ...]) -> None:
+    assert frames.parse_answer_frame(one_frame(frames.Spans(spans).to_bytes())) == frames.Spans(spans)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"spans":1}',
+        '{"spans":[[]]}',
+        '{"spans":[["00","a",1,2,""]]}',
+        '{"spans":[],"more":1}',
+        f'{{"spans":[["{"00" * 25}","A",1,2,""]]}}',
+        f'{{"spans":[["{"00" * 25}","a",2,1,""]]}}',
+        f'{{"spans":[["{"00" * 25}","a",1,2,5]]}}',
+        f'{{"spans":[["{"00" * 25}","a",1,{2**53},""]]}}',
+        f'{{"spans":[["{"00" * 25}","a",1,2,"{"x" * 65}"]]}}',
+    ],
+)
+def test_what_is_no_spans_is_malformed(text: str) -> None:
+    with pytest.raises(MalformedFrame):
+        frames.parse_answer_frame(b"\x02\x91" + len(text).to_bytes(4, "big") + text.encode())

@@ -33,7 +33,7 @@ _READ_BYTES = 65_536
 class SignSocketClient:
     """One connection, one request at a time; not safe to share among threads. Connects at the first use, and again after a fork or a break.
 
-    It does not verify signatures: whoever holds the public key does (`keyreeve_client.sign_client.verify_signature`).
+    It does not verify signatures: whoever holds the public key does (`keyreeve_common.verification.verify_signature`).
     """
 
     def __init__(self, path: Path | str) -> None:

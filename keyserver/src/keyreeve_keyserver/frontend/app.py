@@ -18,6 +18,7 @@ from keyreeve_common.files import make_private_directory, read_secret
 from keyreeve_common.grpc_edge import ANYONE, LOCAL, SERVER_PING_OPTIONS, EdgeInterceptor
 from keyreeve_common.prometheus_export import MetricsServer
 from keyreeve_common.telemetry import log, log_warning
+from keyreeve_common.tracing import open_tracing
 from keyreeve_common.v1 import keyserver_pb2_grpc
 
 from keyreeve_keyserver.catalog.catalog import Catalog
@@ -35,6 +36,7 @@ from keyreeve_keyserver.frontend.service_identity import ServiceIdentityServicer
 from keyreeve_keyserver.frontend.signer_link import SignerLink
 from keyreeve_keyserver.frontend.signing import SigningServicer
 from keyreeve_keyserver.frontend.tls_identity import TlsIdentity
+from keyreeve_keyserver.frontend.traces import RequestTraces
 
 _MAX_MESSAGE_BYTES = 17 * 1024 * 1024  # a batch of 256 whole messages, and their heads
 _OPTIONS = [
@@ -91,6 +93,8 @@ class FrontEnd:
         self._tls: grpc.aio.Server | None = None
         self._link = SignerLink(bytes_in_flight=config.limits.bytes_in_flight)
         self._metrics = FrontEndMetrics()
+        self._tracing = open_tracing(config.telemetry, "keyreeve-keyserver")
+        self._traces = RequestTraces(self._tracing)
         self._metrics_server = MetricsServer([self._metrics.snapshot, SignerMetrics(self._link)])
         self._edge = EdgeInterceptor(lambda: config.trust_domain, allow_table(config), clock)
 
@@ -142,6 +146,7 @@ class FrontEnd:
             await asyncio.gather(*tasks, return_exceptions=True)
             self._link.close()
             await asyncio.to_thread(self._metrics_server.close)
+            await asyncio.to_thread(self._tracing.close)
             await asyncio.to_thread(threads.close)
             os.close(lock)
         log("front_end_stopped")
@@ -150,7 +155,14 @@ class FrontEnd:
         config, clock = self._config, self._clock
         access = Access(threads, max_staleness=config.catalog.max_staleness)
         metrics = self._metrics
-        engine = SigningEngine(self._link, threads, control_timeout=config.limits.control_timeout, metrics=metrics)
+        self._link.on_spans = self._traces.add
+        engine = SigningEngine(
+            self._link,
+            threads,
+            control_timeout=config.limits.control_timeout,
+            metrics=metrics,
+            traces=self._traces,
+        )
         access.on_disabled = engine.forget
         engine.on_faulty = access.apply_key
         self._life = KeyLifeService(

@@ -14,6 +14,7 @@ from typing import Any
 from keyreeve_common.errors import DeadlineExceeded, ErrorCode, KeyNotFound, KeyreeveError, KeySelfTestFailed
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.telemetry import log_error, log_exception
+from keyreeve_common.tracing import Tracing
 
 from keyreeve_keyserver.catalog.records import KeyEntry
 from keyreeve_keyserver.domain.keys import KeyState
@@ -21,13 +22,20 @@ from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import CatalogThreads
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import OnResults, SignerLink
+from keyreeve_keyserver.frontend.traces import RequestTraces
 
 
 class SigningEngine:
     """`signatures` counts by key since the process started."""
 
     def __init__(
-        self, link: SignerLink, threads: CatalogThreads, *, control_timeout: timedelta, metrics: FrontEndMetrics
+        self,
+        link: SignerLink,
+        threads: CatalogThreads,
+        *,
+        control_timeout: timedelta,
+        metrics: FrontEndMetrics,
+        traces: RequestTraces | None = None,
     ) -> None:
         self._link = link
         self._threads = threads
@@ -35,6 +43,7 @@ class SigningEngine:
         self._loading: dict[KeyId, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.metrics = metrics
+        self._traces = traces or RequestTraces(Tracing())
         self.signatures: Counter[str] = Counter()
         self.on_faulty: Callable[[KeyEntry], None] = lambda _: (
             None
@@ -42,6 +51,7 @@ class SigningEngine:
 
     def submit(self, caller: str, items: Sequence[SignItem], on_results: OnResults, *, timeout_s: float) -> None:
         """Every item's result reaches `on_results` exactly once; items have distinct ids."""
+        items, on_results = self._traces.follow(items, on_results)
         by_id = {item.id: item for item in items}
         began = monotonic()
         self.metrics.submitted()

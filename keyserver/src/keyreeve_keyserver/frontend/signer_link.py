@@ -75,6 +75,7 @@ class SignerLink:
         self._connection: _Connection | None = None
         self._capabilities: dict[str, Any] | None = None
         self.ready = asyncio.Event()
+        self.on_spans: Callable[[Sequence[frames.Span]], None] = lambda _: None
 
     @property
     def requests_in_flight(self) -> int:
@@ -179,6 +180,8 @@ class SignerLink:
         match answer:
             case frames.SignResults(batch_id, results):
                 self._results(batch_id, results)
+            case frames.Spans(spans):
+                self.on_spans(spans)
             case frames.ControlOk(request_id, value):
                 self._settle(request_id, value=value)
             case frames.ControlRefused(request_id, error):

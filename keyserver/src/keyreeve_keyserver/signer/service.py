@@ -31,8 +31,9 @@ from keyreeve_keyserver.audit.ports import AuditLog, NullAuditLog
 from keyreeve_keyserver.backends.ports import Backend, SignRequest
 from keyreeve_keyserver.domain.keys import KeyRecord
 from keyreeve_keyserver.domain.purposes import check_length, check_request
-from keyreeve_keyserver.frames import Refused, SignBatch, Signed, SignItem, SignResult, SignResults
+from keyreeve_keyserver.frames import Refused, SignBatch, Signed, SignItem, SignResult, SignResults, Spans
 from keyreeve_keyserver.signer.metrics import SignerMetrics
+from keyreeve_keyserver.signer.spans import BACKEND, JUDGE, RECORD, SpanLog, now_us
 
 _JUDGED_AT_ONCE = 16
 _Lane = tuple[str, int]
@@ -100,9 +101,10 @@ class SigningService:
         self._audit = audit or NullAuditLog()
         self._metrics = metrics or SignerMetrics()
 
-    async def sign(self, batch: SignBatch) -> AsyncIterator[SignResults]:
-        """The results of a batch: the refusals first, then one frame for each lane as it is done."""
+    async def sign(self, batch: SignBatch) -> AsyncIterator[SignResults | Spans]:
+        """The results of a batch: the refusals first, then one frame for each lane as it is done; before each, the spans of what is traced."""
         received = time.monotonic()
+        spans, began_us = SpanLog.of(batch.items), now_us()
         refused: list[SignResult] = []
         lanes: dict[_Lane, list[JudgedItem]] = {}
         for at in range(0, len(batch.items), _JUDGED_AT_ONCE):
@@ -111,14 +113,24 @@ class SigningService:
             for item in batch.items[at : at + _JUDGED_AT_ONCE]:
                 self._judge(item, received, refused, lanes)
         _log_digests(batch, lanes.values())
+        spans.step(JUDGE, spans.traces, began_us)
         if refused:
             for result in refused:
                 if isinstance(result, Refused):
                     self._metrics.refused(result.error)
             self._log_refusals(batch, refused)
-            yield await self._recorded(batch, refused)
-        for done in asyncio.as_completed([self._sign_lane(name, lane) for (name, _), lane in lanes.items()]):
-            yield await self._recorded(batch, await done)
+            for frame in await self._answers(batch, refused, spans):
+                yield frame
+        for done in asyncio.as_completed([self._sign_lane(name, lane, spans) for (name, _), lane in lanes.items()]):
+            for frame in await self._answers(batch, await done, spans):
+                yield frame
+
+    async def _answers(self, batch: SignBatch, results: list[SignResult], spans: SpanLog) -> list[SignResults | Spans]:
+        began_us = now_us()
+        answer = await self._recorded(batch, results)
+        spans.step(RECORD, [result.id for result in results], began_us)
+        taken = spans.taken()
+        return [Spans(taken), answer] if taken else [answer]
 
     async def _recorded(self, batch: SignBatch, results: list[SignResult]) -> SignResults:
         """The frame with these results once they are in the audit log; where they cannot be, none leaves and every item is refused."""
@@ -148,17 +160,18 @@ class SigningService:
             lane = lanes.setdefault((request.record.backend, item.deadline_ms.bit_length()), [])
             lane.append(JudgedItem(item.id, request))
 
-    async def _sign_lane(self, backend_name: str, lane: list[JudgedItem]) -> list[SignResult]:
+    async def _sign_lane(self, backend_name: str, lane: list[JudgedItem], spans: SpanLog) -> list[SignResult]:
         backend = self._backends.get(backend_name)
         if backend is None:
             error = TokenUnavailable(f"this signer has no backend {backend_name}")
             return [Refused(judged.id, error) for judged in lane]
-        requests, began = [judged.request for judged in lane], time.monotonic()
+        requests, began, began_us = [judged.request for judged in lane], time.monotonic(), now_us()
         try:
             outcomes = await backend.sign(requests)
         except Exception:
             log_exception("backend_failed", backend=backend_name)
             return [Refused(judged.id, Internal("the backend failed")) for judged in lane]
+        spans.step(BACKEND, [judged.id for judged in lane], began_us, backend_name)
         self._metrics.lane_done(backend_name, requests, outcomes, time.monotonic() - began)
         return [
             Refused(judged.id, outcome) if isinstance(outcome, KeyreeveError) else Signed(judged.id, outcome)

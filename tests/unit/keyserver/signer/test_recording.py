@@ -16,7 +16,7 @@ from keyreeve_common.purposes import Purpose, build_tls13_content
 from keyreeve_common.transparency.records import AuditRecord, Event, Source
 from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.domain.secret import Secret
-from keyreeve_keyserver.frames import Control, Refused, SignBatch, Signed, SignItem, SignResult
+from keyreeve_keyserver.frames import Control, Refused, SignBatch, Signed, SignItem, SignResult, SignResults
 from keyreeve_keyserver.signer.controls import ControlService
 from keyreeve_keyserver.signer.sealing import PassphraseKey, Sealer
 from keyreeve_keyserver.signer.service import KeyTable, SigningService
@@ -50,7 +50,12 @@ class Signer:
 
     async def sign(self, *items: SignItem) -> list[SignResult]:
         batch = SignBatch(1, CALLER, items)
-        return [result async for frame in self.signing.sign(batch) for result in frame.results]
+        return [
+            result
+            async for frame in self.signing.sign(batch)
+            if isinstance(frame, SignResults)
+            for result in frame.results
+        ]
 
 
 @pytest.fixture
