@@ -184,6 +184,7 @@ class FakeKeyServer(keyserver_pb2_grpc.SigningServicer):
     keys: dict[str, ec.EllipticCurvePrivateKey] = field(default_factory=dict)
     signed: Counter[str] = field(default_factory=Counter)
     purposes: list[int] = field(default_factory=list)
+    traces: list[bytes] = field(default_factory=list)
     callers: set[str] = field(default_factory=set)
     port: int = field(default_factory=free_port)
     arrived: queue.Queue[int] = field(default_factory=queue.Queue)
@@ -205,6 +206,7 @@ class FakeKeyServer(keyserver_pb2_grpc.SigningServicer):
 
     def _answer(self, item: keyserver_pb2.SignItem) -> keyserver_pb2.SignResult:
         self.purposes.append(item.purpose)
+        self.traces.append(item.trace)
         try:
             if item.purpose != Purpose.TLS13_SERVER_VERIFY:
                 raise PurposeMismatch("message does not have the form of its purpose")

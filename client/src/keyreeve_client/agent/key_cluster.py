@@ -100,14 +100,14 @@ class KeyCluster:
         self._watcher: asyncio.Task[None] | None = None
         self._probing: set[asyncio.Task[None]] = set()
 
-    async def sign(self, request: SignFrame) -> bytes:
-        """The signature, from whichever key server gives it first. Scheme and purpose go on as the client sent them.
+    async def sign(self, request: SignFrame, trace: bytes = b"") -> bytes:
+        """The signature, from whichever key server gives it first. Scheme and purpose go on as the client sent them; so does `trace`.
 
         Raises: KeyreeveError as the key server said it; Unavailable when none is there; DeadlineExceeded.
         """
         if not self.servers:
             raise Unavailable("no key server is configured")
-        return await _Flight(self, request).run()
+        return await _Flight(self, request, trace or make_trace()).run()
 
     async def close(self) -> None:
         tasks = [task for task in (self._watcher, *self._probing) if task is not None]
@@ -213,6 +213,7 @@ class _Flight:
 
     cluster: KeyCluster
     request: SignFrame
+    trace: bytes  # one for all attempts: they are one request
     attempts: dict[asyncio.Future[bytes], _Attempt] = field(default_factory=dict)
     tried: set[int] = field(default_factory=set)
     rounds: int = 0
@@ -223,7 +224,7 @@ class _Flight:
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + self.request.deadline_ms / 1000
         scheme = self.request.scheme if self.request.scheme in _SCHEMES else _OTHER_SCHEME
-        trace = make_trace()  # one for all attempts: they are one request
+        trace = self.trace
         try:
             while True:
                 now = loop.time()

@@ -17,6 +17,7 @@ from typing import Any
 from keyreeve_common.key_reference import KeyReference
 from keyreeve_common.prometheus_export import MetricsServer
 from keyreeve_common.telemetry import log, log_warning, notify_ready
+from keyreeve_common.tracing import open_tracing
 from keyreeve_common.x509_svid import to_pem
 
 from keyreeve_client.agent.assignments import AgentState, Assignment, CurrentKeys, utc_now
@@ -104,6 +105,7 @@ class Agent:
                     task.cancel()
         finally:
             await asyncio.to_thread(metrics.close)
+            await asyncio.to_thread(self._tracing.close)
             await self._cluster.close()
             await self._ca.close()
         await self._status.write()
@@ -112,6 +114,7 @@ class Agent:
     def _parts(self, identity: NodeIdentity) -> None:
         config = self.config
         keys = CurrentKeys()
+        self._tracing = open_tracing(config.telemetry, "keyreeve-agent")
         self._ca = ReloadingChannel(config.ca.address, identity.files(), server_id=config.ca_id)
         self._cluster = KeyCluster(
             config.key_server.addresses,
@@ -119,7 +122,7 @@ class Agent:
             server_id=config.key_server_id,
             settings=balancer_settings(config.key_server),
         )
-        self._server = SignServer(config.sign_socket, keys, self._cluster.sign)
+        self._server = SignServer(config.sign_socket, keys, self._cluster.sign, tracing=self._tracing)
         self._publishers = [Publisher(proxy, on_change=self._touch) for proxy in config.proxy]
         self._sync = Sync(identity, self._ca, keys, on_state=self._publish)
         self._identity = identity

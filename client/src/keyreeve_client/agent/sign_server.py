@@ -17,6 +17,7 @@ from typing import Protocol
 
 from keyreeve_common.errors import (
     DeadlineExceeded,
+    ErrorCode,
     Internal,
     InvalidRequest,
     KeyreeveError,
@@ -38,6 +39,7 @@ from keyreeve_common.sign_socket import (
     splitter,
 )
 from keyreeve_common.telemetry import log_exception, log_warning
+from keyreeve_common.tracing import Tracing
 
 from keyreeve_client.agent.authorisation import Selector
 from keyreeve_client.agent.config import SignSocketConfig
@@ -57,7 +59,8 @@ class Keys(Protocol):
         """Raises: KeyNotFound, SvidExpired."""
 
 
-Forward = Callable[[SignFrame], Awaitable[bytes]]
+Forward = Callable[[SignFrame, bytes], Awaitable[bytes]]  # the request, and its trace context
+REQUEST_SPAN = "agent.sign"
 
 
 @dataclass
@@ -68,6 +71,7 @@ class SignServer:
     keys: Keys
     forward: Forward
     counts: Counts = field(default_factory=Counts)
+    tracing: Tracing = field(default_factory=Tracing)
     open: set[SignConnection] = field(default_factory=set)
     draining: bool = False
     attestors: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "attest"))
@@ -252,27 +256,33 @@ class SignConnection(asyncio.Protocol):
         if peer is None:
             return
         loop = asyncio.get_running_loop()
-        began = loop.time()
+        began, failed = loop.time(), ""
+        span = self._server.tracing.root(REQUEST_SPAN, {"keyreeve.scheme": request.scheme})
         try:
             async with asyncio.timeout(request.deadline_ms / 1000):
                 selectors = peer.selectors()
                 if self._unlearnt(peer, request.key_id, selectors):
                     selectors = await self._learn(peer, request.key_id)
                 self._server.keys.check(request.key_id, selectors)
-                signature = await self._server.forward(request)
+                signature = await self._server.forward(request, span.trace)
         except TimeoutError:
             late = DeadlineExceeded(f"no signature within the {request.deadline_ms} ms that the request allowed")
+            failed = late.code.value
             self._refuse(request.request_id, late)
         except KeyreeveError as error:
+            failed = error.code.value
             self._refuse(request.request_id, error)
             if not peer.alive:
                 self.close()
         except Exception:
             log_exception("sign_request_failed")
+            failed = ErrorCode.INTERNAL.value
             self._refuse(request.request_id, Internal("internal error; the agent's log has the cause"))
         else:
             self._server.counts.count_signed(request.key_id, loop.time() - began)
             self._send(SignedFrame(request.request_id, signature))
+        finally:
+            span.end(error=failed)
 
     async def _learn(self, peer: Peer, key_id: KeyId) -> frozenset[Selector]:
         async with self._learning:  # one request of this connection learns for all

@@ -47,7 +47,7 @@ class FakeCluster:
     failure: Exception | None = None
     answer: bytes = b"signature"
 
-    async def sign(self, request: SignFrame) -> bytes:
+    async def sign(self, request: SignFrame, trace: bytes) -> bytes:
         self.seen.append(request)
         try:
             await self.gate.wait()
