@@ -28,6 +28,7 @@ from keyreeve_keyserver.catalog.records import KeyEntry, NewKey
 from keyreeve_keyserver.catalog.steps import STEPS, new_column
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.domain.policy import Grant
+from keyreeve_keyserver.domain.quarantine import Cause, Quarantine
 from keyreeve_keyserver.domain.rates import Rate
 from keyreeve_testing.postgres import PostgresServer, postgres_is_installed, running_postgres
 from sqlalchemy import URL, Column, Connection, Integer, MetaData, Table, Text, create_engine, make_url, text
@@ -499,3 +500,38 @@ def test_faulty_key_is_disabled_once_with_its_reason(catalog: Catalog) -> None:
     enabled = catalog.change_state(key_id, to=KeyState.ENABLED, from_states=(KeyState.DISABLED,))
     assert enabled is not None
     assert enabled.life.state_reason == ""
+
+
+def test_quarantine_is_kept_listed_lifted_and_followed(catalog: Catalog, open_catalog: Opener) -> None:
+    first = Quarantine(HOLDER, Cause.REFUSALS, "10 refusals", "replica x", NOW, NOW + HOUR)
+    made = catalog.put_quarantine(first)
+    assert made.quarantine == first
+    again = catalog.put_quarantine(replace(first, cause=Cause.RATE, since=NOW + HOUR / 2))
+    assert again == made  # another replica counted too: the first one stands
+    changes = open_catalog().changes_since(0)
+    assert changes is not None
+    assert changes.quarantines == (made,)
+    by_hand = Quarantine(HOLDER, Cause.OPERATOR, "broken into", "local", NOW)
+    assert catalog.put_quarantine(by_hand).quarantine == by_hand  # an operator's word replaces it
+    assert catalog.put_quarantine(first).quarantine == by_hand
+    lifted = catalog.lift_quarantine(HOLDER, now=NOW + HOUR)
+    assert lifted.quarantine.lifted_at == NOW + HOUR
+    assert catalog.lift_quarantine(HOLDER, now=NOW + 2 * HOUR) == lifted
+    assert catalog.list_quarantines(limit=9, holding_at=NOW + 2 * HOUR) == []
+    assert catalog.list_quarantines(limit=9) == [lifted]
+    later = replace(first, since=NOW + 3 * HOUR, until=NOW + 4 * HOUR)
+    assert catalog.put_quarantine(later).quarantine == later
+    with pytest.raises(NotFound):
+        catalog.lift_quarantine("spiffe://example.org/agent/other", now=NOW)
+
+
+def test_quarantines_are_listed_in_pages_and_ended_ones_are_told_apart(catalog: Catalog) -> None:
+    for number in range(7):
+        until = NOW + HOUR if number % 2 else None
+        catalog.put_quarantine(Quarantine(f"spiffe://example.org/{number}", Cause.OPERATOR, "r", "local", NOW, until))
+    seen: list[str] = []
+    while page := catalog.list_quarantines(limit=3, after=seen[-1] if seen else ""):
+        seen += [entry.quarantine.holder for entry in page]
+    assert seen == [f"spiffe://example.org/{number}" for number in range(7)]
+    holding = catalog.list_quarantines(limit=9, holding_at=NOW + HOUR)
+    assert [entry.quarantine.holder[-1] for entry in holding] == ["0", "2", "4", "6"]

@@ -66,6 +66,8 @@ def _says(written: str, default: object) -> bool:
         return written == "required"
     if default in (None, "", ()):
         return written != "required"  # described in words
+    if isinstance(default, bool):
+        return written == f"`{str(default).lower()}`"
     if isinstance(default, timedelta):
         return parse_duration(written.strip("`")) == default
     return written == f"`{default.value if isinstance(default, StrEnum) else default}`"

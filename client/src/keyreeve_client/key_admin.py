@@ -137,6 +137,19 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
+class Quarantine:
+    """A holder that may not sign, whatever its grants say. `cause` is `operator`, or what a replica counted."""
+
+    holder: str
+    cause: str
+    reason: str
+    set_by: str
+    since: datetime | None = None
+    until: datetime | None = None
+    lifted_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BackendHealth:
     name: str
     serving: bool
@@ -159,6 +172,7 @@ class KeyAdminClient:
     def __init__(self, channel: grpc.Channel, *, timeout: timedelta = ADMIN_TIMEOUT) -> None:
         self._keys = keyserver_pb2_grpc.KeyAdminStub(channel)
         self._grants = keyserver_pb2_grpc.GrantsStub(channel)
+        self._quarantines = keyserver_pb2_grpc.QuarantinesStub(channel)
         self._identity = keyserver_pb2_grpc.ServiceIdentityStub(channel)
         self._health = keyserver_pb2_grpc.HealthStub(channel)
         self._timeout = timeout.total_seconds()
@@ -236,6 +250,28 @@ class KeyAdminClient:
             )
             page = self._call(self._grants.ListGrants, request)
             yield from map(_grant, page.grants)
+            token = page.next_page_token
+            if not token:
+                return
+
+    def add_quarantine(self, holder: SpiffeId, *, reason: str, until: datetime | None = None) -> Quarantine:
+        """Only through the admin socket. Replaces the one that the holder has."""
+        request = keyserver_pb2.AddQuarantineRequest(holder=str(holder), reason=reason, until=_timestamp(until))
+        return _quarantine(self._call(self._quarantines.AddQuarantine, request))
+
+    def lift_quarantine(self, holder: SpiffeId) -> Quarantine:
+        """Only through the admin socket."""
+        request = keyserver_pb2.LiftQuarantineRequest(holder=str(holder))
+        return _quarantine(self._call(self._quarantines.LiftQuarantine, request))
+
+    def list_quarantines(self, *, include_ended: bool = False) -> Iterator[Quarantine]:
+        token = ""
+        while True:
+            request = keyserver_pb2.ListQuarantinesRequest(
+                page_size=PAGE_SIZE, page_token=token, include_ended=include_ended
+            )
+            page = self._call(self._quarantines.ListQuarantines, request)
+            yield from map(_quarantine, page.quarantines)
             token = page.next_page_token
             if not token:
                 return
@@ -339,4 +375,18 @@ def _grant(message: keyserver_pb2.Grant) -> Grant:
         created_at=_time(message, "created_at"),
         revoked_at=_time(message, "revoked_at"),
         rate=Rate(message.rate.per_second, message.rate.burst) if message.HasField("rate") else None,
+    )
+
+
+def _quarantine(message: keyserver_pb2.Quarantine) -> Quarantine:
+    known = keyserver_pb2.QuarantineCause.values()
+    name = keyserver_pb2.QuarantineCause.Name(message.cause) if message.cause in known else "unknown"
+    return Quarantine(
+        holder=message.holder,
+        cause=name.removeprefix("QUARANTINE_CAUSE_").lower(),
+        reason=message.reason,
+        set_by=message.set_by,
+        since=_time(message, "since"),
+        until=_time(message, "until"),
+        lifted_at=_time(message, "lifted_at"),
     )

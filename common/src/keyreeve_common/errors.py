@@ -57,6 +57,7 @@ class ErrorCode(StrEnum):
     OVERLOADED = "overloaded"
     AUDIT_UNAVAILABLE = "audit_unavailable"
     VAULT_ACCESS_DENIED = "vault_access_denied"
+    QUARANTINED = "quarantined"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ RENDERINGS: dict[ErrorCode, Rendering] = {
     ErrorCode.SVID_INVALID: Rendering(37, "UNAUTHENTICATED", 401),
     ErrorCode.SEALED_RECORD_INVALID: Rendering(38, "FAILED_PRECONDITION", 500),
     ErrorCode.TOKEN_SESSIONS_EXHAUSTED: Rendering(46, "UNAVAILABLE", 503),
+    ErrorCode.QUARANTINED: Rendering(39, "PERMISSION_DENIED", 403),
     ErrorCode.KEY_SELF_TEST_FAILED: Rendering(40, "FAILED_PRECONDITION", 500),
     ErrorCode.APPROVAL_REQUIRED: Rendering(41, "PERMISSION_DENIED", 403),
     ErrorCode.APPROVAL_INVALID: Rendering(42, "PERMISSION_DENIED", 403),
@@ -323,6 +325,12 @@ class JoinTokenInvalid(Unauthenticated):
 
 class AgentBanned(PermissionDenied):
     default_code = ErrorCode.AGENT_BANNED
+
+
+class Quarantined(PermissionDenied):
+    """The caller may sign nothing, whatever its grants say, until an operator lifts it or it expires."""
+
+    default_code = ErrorCode.QUARANTINED
 
 
 class SealedRecordInvalid(FailedPrecondition):

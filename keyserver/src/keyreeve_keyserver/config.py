@@ -113,6 +113,31 @@ class KeysConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QuarantineConfig:
+    """When a replica puts a holder in quarantine by itself (ADR 13): so many refusals within `window`, 0: never.
+
+    A `duration` of 0: until it is lifted.
+    """
+
+    enabled: bool = True
+    refusals: int = 50
+    rate_refusals: int = 0
+    workload_refusals: int = 0
+    window: timedelta = timedelta(minutes=1)
+    duration: timedelta = timedelta(hours=1)
+    max_holders: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("refusals", "rate_refusals", "workload_refusals"):
+            if not 0 <= getattr(self, name) <= 100_000:
+                raise ConfigInvalid(f"{name}: allowed are 0 (never) to 100000")
+        _require_range("window", self.window, low="1s", high="1h")
+        _require_range("duration", self.duration, low="0s", high="365d")
+        if not 1 <= self.max_holders <= 1000:
+            raise ConfigInvalid("max_holders: allowed are 1 to 1000")
+
+
+@dataclass(frozen=True, slots=True)
 class SupervisorConfig:
     """Restarts: the first at once, later ones after a back-off that doubles; `max_restarts` within `window` ends the supervisor."""
 
@@ -154,6 +179,7 @@ class KeyServerConfig:
     catalog: CatalogConfig = field(default_factory=CatalogConfig)
     limits: Limits = field(default_factory=Limits)
     keys: KeysConfig = field(default_factory=KeysConfig)
+    quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

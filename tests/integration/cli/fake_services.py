@@ -130,10 +130,14 @@ class FakeCa(
 
 @dataclass
 class FakeKeyServer(
-    keyserver_pb2_grpc.KeyAdminServicer, keyserver_pb2_grpc.GrantsServicer, keyserver_pb2_grpc.HealthServicer
+    keyserver_pb2_grpc.KeyAdminServicer,
+    keyserver_pb2_grpc.GrantsServicer,
+    keyserver_pb2_grpc.QuarantinesServicer,
+    keyserver_pb2_grpc.HealthServicer,
 ):
     keys: dict[str, keyserver_pb2.Key] = field(default_factory=dict)
     grants: dict[tuple[str, str], keyserver_pb2.Grant] = field(default_factory=dict)
+    quarantines: dict[str, keyserver_pb2.Quarantine] = field(default_factory=dict)
     created: list[keyserver_pb2.CreateKeyRequest] = field(default_factory=list)
     scheduled: list[keyserver_pb2.ScheduleKeyDestructionRequest] = field(default_factory=list)
     svid_lifetime: timedelta = timedelta(hours=12)
@@ -203,6 +207,33 @@ class FakeKeyServer(
     async def ListGrants(self, request: Any, context: Any) -> keyserver_pb2.ListGrantsResponse:
         return keyserver_pb2.ListGrantsResponse(grants=self.grants.values())
 
+    async def AddQuarantine(
+        self, request: keyserver_pb2.AddQuarantineRequest, context: Any
+    ) -> keyserver_pb2.Quarantine:
+        made = keyserver_pb2.Quarantine(
+            holder=request.holder,
+            cause=keyserver_pb2.QUARANTINE_CAUSE_OPERATOR,
+            reason=request.reason,
+            set_by="local",
+            until=request.until if request.HasField("until") else None,
+        )
+        self.quarantines[request.holder] = made
+        return made
+
+    async def LiftQuarantine(
+        self, request: keyserver_pb2.LiftQuarantineRequest, context: Any
+    ) -> keyserver_pb2.Quarantine:
+        if request.holder not in self.quarantines:
+            raise NotFound("this holder was never in quarantine")
+        self.quarantines[request.holder].lifted_at.FromDatetime(datetime.now(UTC))
+        return self.quarantines[request.holder]
+
+    async def ListQuarantines(
+        self, request: keyserver_pb2.ListQuarantinesRequest, context: Any
+    ) -> keyserver_pb2.ListQuarantinesResponse:
+        shown = [one for one in self.quarantines.values() if request.include_ended or not one.HasField("lifted_at")]
+        return keyserver_pb2.ListQuarantinesResponse(quarantines=shown)
+
     async def Check(self, request: Any, context: Any) -> keyserver_pb2.HealthResponse:
         backend = keyserver_pb2.BackendHealth(
             name="hsm", serving=not self.backend_detail, detail=self.backend_detail, custody="token-resident", workers=2
@@ -252,10 +283,11 @@ async def serve(services: Services) -> list[grpc.aio.Server]:
         ca_pb2_grpc.add_HealthServicer_to_server,
     ):
         _add(add, services.ca, ca)
-    key_server = _server("keyserver", "KeyAdmin", "Grants", "Health")
+    key_server = _server("keyserver", "KeyAdmin", "Grants", "Quarantines", "Health")
     for add in (
         keyserver_pb2_grpc.add_KeyAdminServicer_to_server,
         keyserver_pb2_grpc.add_GrantsServicer_to_server,
+        keyserver_pb2_grpc.add_QuarantinesServicer_to_server,
         keyserver_pb2_grpc.add_HealthServicer_to_server,
     ):
         _add(add, services.key_server, key_server)

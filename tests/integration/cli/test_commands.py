@@ -166,6 +166,20 @@ def test_grants_are_made_listed_and_revoked(services: Services) -> None:
     assert "500/s, burst 900" in services.run("grant", "list")[1]
 
 
+def test_quarantines_are_set_listed_and_lifted(services: Services) -> None:
+    made = services.json("quarantine", "add", AGENT, "--reason", "odd", "--until", "24h")
+    assert (made["holder"], made["reason"], made["lifted_at"]) == (AGENT, "odd", None)
+    assert made["until"] is not None
+    (listed,) = services.json("quarantine", "list")
+    assert listed == made
+    assert "operator" in services.run("quarantine", "list")[1]
+    assert services.json("quarantine", "lift", AGENT)["lifted_at"] is not None
+    assert services.json("quarantine", "list") == []
+    assert len(services.json("quarantine", "list", "--all")) == 1
+    assert services.run("quarantine", "lift", AGENT + "x")[2].startswith("error: not_found")
+    assert services.run("quarantine", "add", AGENT)[0] == 2  # a reason is asked for
+
+
 @pytest.fixture
 def record(services: Services) -> ca_pb2.X509SvidRecord:
     svid = services.ca.pki.svid("/web")

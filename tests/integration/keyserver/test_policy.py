@@ -1,13 +1,26 @@
-"""Policy as real processes keep it: rates of grants, holders and keys."""
+"""Policy as real processes keep it: rates of grants, holders and keys; quarantine."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 
 import grpc
-from keyreeve_common.errors import KeyreeveError, RateLimited
+from keyreeve_client.key_admin import KeyAdminClient
+from keyreeve_common.errors import (
+    ErrorCode,
+    InvalidRequest,
+    KeyreeveError,
+    NotFound,
+    PermissionDenied,
+    Quarantined,
+    RateLimited,
+)
 from keyreeve_common.grpc_edge import error_from_rpc
+from keyreeve_common.identity import SpiffeId
 from keyreeve_common.v1 import keyserver_pb2, types_pb2
 from keyreeve_testing.keyserver import KeyServerRig, Stubs, sign_item, verify_p256
 
@@ -73,3 +86,74 @@ def test_holder_has_one_rate_for_all_its_keys(tmp_path: Path) -> None:
             batch = keyserver_pb2.SignBatch(items=[sign_item(number, key_id) for number, key_id in enumerate(keys)])
             results = [result for answer in stubs.signing.SignStream(iter([batch])) for result in answer.results]
         assert sum(bool(result.signature) for result in results) == 2
+
+
+def test_probing_node_is_quarantined_until_lifted_and_across_a_restart(tmp_path: Path) -> None:
+    with KeyServerRig(tmp_path / "ks", extra="[quarantine]\nrefusals = 20").running() as rig:
+        key = rig.create_key()
+        thief, honest = rig.pki.svid(AGENT), rig.pki.svid("keyreeve/agent/b")
+        for agent in (thief, honest):
+            rig.grant(key.key_id, agent.spiffe_id)
+        with rig.caller(thief) as stubs:
+            verify_p256(key.spki_der, stubs.sign(key.key_id))
+            probes = keyserver_pb2.SignBatch(items=[sign_item(number, f"k-guess-{number}") for number in range(25)])
+            assert (
+                len([result for answer in stubs.signing.SignStream(iter([probes])) for result in answer.results]) == 25
+            )
+            event = rig.process.wait_event("holder_quarantined")
+            assert (event["level"], event["holder"], event["cause"]) == ("error", thief.spiffe_id, "refusals")
+            error = outcome(lambda: stubs.sign(key.key_id))
+            assert error is not None
+            assert (type(error).__name__, error.code.value) == ("Quarantined", "quarantined")
+        with rig.caller(honest) as stubs:
+            verify_p256(key.spki_der, stubs.sign(key.key_id))
+        os.kill(rig.pids()[1], signal.SIGKILL)
+        rig.process.wait_ready()
+        with rig.caller(thief) as stubs:
+            error = until_refused(lambda: stubs.sign(key.key_id))
+            assert error.code.value == "quarantined"
+            lift = keyserver_pb2.LiftQuarantineRequest(holder=thief.spiffe_id)
+            with rig.caller(rig.pki.svid("keyreeve/ca")) as ca:  # may look, not touch
+                (listed,) = ca.quarantines.ListQuarantines(
+                    keyserver_pb2.ListQuarantinesRequest(), timeout=20
+                ).quarantines
+                assert (listed.holder, listed.cause) == (thief.spiffe_id, keyserver_pb2.QUARANTINE_CAUSE_REFUSALS)
+                error = outcome(lambda: ca.quarantines.LiftQuarantine(lift, timeout=20))
+                assert isinstance(error, PermissionDenied)
+            with rig.local() as local:
+                assert local.quarantines.LiftQuarantine(lift, timeout=20).HasField("lifted_at")
+            verify_p256(key.spki_der, stubs.sign(key.key_id))
+
+
+def until_refused(call: Callable[[], object]) -> KeyreeveError:
+    """The first answer that is not that the server is away."""
+    deadline = monotonic() + 20
+    while True:
+        error = outcome(call)
+        assert error is not None
+        if error.code is not ErrorCode.UNAVAILABLE or monotonic() > deadline:
+            return error
+
+
+def test_quarantine_by_hand(tmp_path: Path) -> None:
+    with KeyServerRig(tmp_path / "ks").running() as rig, rig.local() as local:
+        key, agent = rig.create_key(), rig.pki.svid(AGENT)
+        rig.grant(key.key_id, agent.spiffe_id)
+        with rig.caller(agent) as stubs:
+            stubs.sign(key.key_id)
+            add = keyserver_pb2.AddQuarantineRequest(holder=agent.spiffe_id, reason="node is broken into")
+            made = local.quarantines.AddQuarantine(add, timeout=20)
+            assert (made.reason, made.set_by, made.HasField("until")) == ("node is broken into", "local", False)
+            error = outcome(lambda: stubs.sign(key.key_id))
+            assert isinstance(error, Quarantined)
+            assert "broken into" not in error.detail
+        for wrong in ({"reason": ""}, {"reason": "x" * 513}, {"reason": "two\nlines"}, {"holder": "spiffe://else/a"}):
+            request = keyserver_pb2.AddQuarantineRequest(**{"holder": agent.spiffe_id, "reason": "r", **wrong})
+            assert isinstance(outcome(lambda request=request: local.quarantines.AddQuarantine(request)), InvalidRequest)  # type: ignore[misc]
+        client = KeyAdminClient(local.channel)
+        (listed,) = client.list_quarantines()
+        assert (listed.holder, listed.cause, listed.until) == (agent.spiffe_id, "operator", None)
+        assert client.lift_quarantine(SpiffeId.parse(agent.spiffe_id)).lifted_at is not None
+        assert not list(client.list_quarantines())
+        absent = keyserver_pb2.LiftQuarantineRequest(holder=rig.pki.spiffe_id("keyreeve/agent/none"))
+        assert isinstance(outcome(lambda: local.quarantines.LiftQuarantine(absent)), NotFound)

@@ -151,3 +151,29 @@ def test_signature_under_way_is_withheld(tmp_path: Path, change: str) -> None:
             assert rig.process.wait_event("signature_withheld")["count"] == 1
         else:  # the signer is told to forget the key, and may do so before it signs
             assert results[1].error.code in ("key_disabled", "key_not_found")
+
+
+def test_quarantine_and_disabled_key_reach_every_replica(replicas: list[KeyServerRig]) -> None:
+    first, *others = replicas
+    agent = first.pki.svid(AGENT)
+    key_id = first.create_key().key_id
+    first.grant(key_id, agent.spiffe_id)
+    add = keyserver_pb2.AddQuarantineRequest(holder=agent.spiffe_id, reason="test")
+    lift = keyserver_pb2.LiftQuarantineRequest(holder=agent.spiffe_id)
+    disable = keyserver_pb2.DisableKeyRequest(key_id=key_id)
+    with ExitStack() as stack:
+        signers = [stack.enter_context(SteadySigner(rig, agent, key_id).running()) for rig in others]
+        admin = stack.enter_context(first.local())
+        for stop, code, undo in (
+            (lambda: admin.quarantines.AddQuarantine(add, timeout=20), "quarantined", lift),
+            (lambda: admin.keys.DisableKey(disable, timeout=20), "key_disabled", None),
+        ):
+            for signer in signers:
+                signer.wait(lambda signer: not signer.last_error and signer.signed > 0)
+            stop()
+            returned = monotonic()
+            for signer in signers:
+                signer.wait(lambda signer, code=code: signer.last_error == code)  # type: ignore[misc]
+                assert signer.last_signed_at - returned < 1.0
+            if undo is not None:
+                admin.quarantines.LiftQuarantine(undo, timeout=20)

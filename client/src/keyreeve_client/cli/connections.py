@@ -79,6 +79,7 @@ class KeyServerStubs:
     def __init__(self, channel: grpc.Channel) -> None:
         self.keys = keyserver_pb2_grpc.KeyAdminStub(channel)
         self.grants = keyserver_pb2_grpc.GrantsStub(channel)
+        self.quarantines = keyserver_pb2_grpc.QuarantinesStub(channel)
         self.health = keyserver_pb2_grpc.HealthStub(channel)
 
 

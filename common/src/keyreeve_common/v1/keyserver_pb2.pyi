@@ -64,6 +64,33 @@ KEY_STATE_PENDING_DESTRUCTION: KeyState.ValueType  # 4
 """signs nothing; destroyed at life.destroy_at unless that is cancelled"""
 Global___KeyState: _TypeAlias = KeyState  # noqa: Y015
 
+class _QuarantineCause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _QuarantineCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_QuarantineCause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    QUARANTINE_CAUSE_UNSPECIFIED: _QuarantineCause.ValueType  # 0
+    QUARANTINE_CAUSE_OPERATOR: _QuarantineCause.ValueType  # 1
+    QUARANTINE_CAUSE_REFUSALS: _QuarantineCause.ValueType  # 2
+    """a replica counted refusals that no agent gets"""
+    QUARANTINE_CAUSE_RATE: _QuarantineCause.ValueType  # 3
+    """a replica counted refusals of its rate"""
+    QUARANTINE_CAUSE_WORKLOADS: _QuarantineCause.ValueType  # 4
+    """a replica counted refusals that workloads bring about"""
+
+class QuarantineCause(_QuarantineCause, metaclass=_QuarantineCauseEnumTypeWrapper): ...
+
+QUARANTINE_CAUSE_UNSPECIFIED: QuarantineCause.ValueType  # 0
+QUARANTINE_CAUSE_OPERATOR: QuarantineCause.ValueType  # 1
+QUARANTINE_CAUSE_REFUSALS: QuarantineCause.ValueType  # 2
+"""a replica counted refusals that no agent gets"""
+QUARANTINE_CAUSE_RATE: QuarantineCause.ValueType  # 3
+"""a replica counted refusals of its rate"""
+QUARANTINE_CAUSE_WORKLOADS: QuarantineCause.ValueType  # 4
+"""a replica counted refusals that workloads bring about"""
+Global___QuarantineCause: _TypeAlias = QuarantineCause  # noqa: Y015
+
 @_typing.final
 class SignRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -903,6 +930,146 @@ class ListGrantsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListGrantsResponse: _TypeAlias = ListGrantsResponse  # noqa: Y015
+
+@_typing.final
+class Quarantine(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    SET_BY_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    LIFTED_AT_FIELD_NUMBER: _builtins.int
+    holder: _builtins.str
+    """SPIFFE ID"""
+    cause: Global___QuarantineCause.ValueType
+    reason: _builtins.str
+    set_by: _builtins.str
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """absent: until lifted"""
+
+    @_builtins.property
+    def lifted_at(self) -> _timestamp_pb2.Timestamp:
+        """absent: not lifted"""
+
+    def __init__(
+        self,
+        *,
+        holder: _builtins.str = ...,
+        cause: Global___QuarantineCause.ValueType = ...,
+        reason: _builtins.str = ...,
+        set_by: _builtins.str = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        lifted_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lifted_at", b"lifted_at", "since", b"since", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "holder", b"holder", "lifted_at", b"lifted_at", "reason", b"reason", "set_by", b"set_by", "since", b"since", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quarantine: _TypeAlias = Quarantine  # noqa: Y015
+
+@_typing.final
+class AddQuarantineRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    holder: _builtins.str
+    reason: _builtins.str
+    """1 to 512 bytes, for people"""
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        holder: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "reason", b"reason", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddQuarantineRequest: _TypeAlias = AddQuarantineRequest  # noqa: Y015
+
+@_typing.final
+class LiftQuarantineRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: _builtins.int
+    holder: _builtins.str
+    def __init__(
+        self,
+        *,
+        holder: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LiftQuarantineRequest: _TypeAlias = LiftQuarantineRequest  # noqa: Y015
+
+@_typing.final
+class ListQuarantinesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    INCLUDE_ENDED_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    page_token: _builtins.str
+    include_ended: _builtins.bool
+    """lifted and expired ones too"""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        include_ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_ended", b"include_ended", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQuarantinesRequest: _TypeAlias = ListQuarantinesRequest  # noqa: Y015
+
+@_typing.final
+class ListQuarantinesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUARANTINES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    @_builtins.property
+    def quarantines(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quarantine]: ...
+    def __init__(
+        self,
+        *,
+        quarantines: _abc.Iterable[Global___Quarantine] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "quarantines", b"quarantines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQuarantinesResponse: _TypeAlias = ListQuarantinesResponse  # noqa: Y015
 
 @_typing.final
 class GetCsrRequest(_message.Message):

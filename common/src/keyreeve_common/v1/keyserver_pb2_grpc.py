@@ -728,6 +728,168 @@ class Grants:
             _registered_method=True)
 
 
+class QuarantinesStub:
+    """For operators on a key host: holders that may not sign, whatever their grants say. Key administrators may only list them.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.AddQuarantine = channel.unary_unary(
+                '/keyreeve.keyserver.v1.Quarantines/AddQuarantine',
+                request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.AddQuarantineRequest.SerializeToString,
+                response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Quarantine.FromString,
+                _registered_method=True)
+        self.LiftQuarantine = channel.unary_unary(
+                '/keyreeve.keyserver.v1.Quarantines/LiftQuarantine',
+                request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.LiftQuarantineRequest.SerializeToString,
+                response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Quarantine.FromString,
+                _registered_method=True)
+        self.ListQuarantines = channel.unary_unary(
+                '/keyreeve.keyserver.v1.Quarantines/ListQuarantines',
+                request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.ListQuarantinesRequest.SerializeToString,
+                response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.ListQuarantinesResponse.FromString,
+                _registered_method=True)
+
+
+class QuarantinesServicer:
+    """For operators on a key host: holders that may not sign, whatever their grants say. Key administrators may only list them.
+    """
+
+    def AddQuarantine(self, request, context):
+        """In force when the call returns, at other replicas within a second. Replaces the one that the holder has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LiftQuarantine(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListQuarantines(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_QuarantinesServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'AddQuarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddQuarantine,
+                    request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.AddQuarantineRequest.FromString,
+                    response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Quarantine.SerializeToString,
+            ),
+            'LiftQuarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.LiftQuarantine,
+                    request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.LiftQuarantineRequest.FromString,
+                    response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Quarantine.SerializeToString,
+            ),
+            'ListQuarantines': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuarantines,
+                    request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.ListQuarantinesRequest.FromString,
+                    response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.ListQuarantinesResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'keyreeve.keyserver.v1.Quarantines', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('keyreeve.keyserver.v1.Quarantines', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Quarantines:
+    """For operators on a key host: holders that may not sign, whatever their grants say. Key administrators may only list them.
+    """
+
+    @staticmethod
+    def AddQuarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/keyreeve.keyserver.v1.Quarantines/AddQuarantine',
+            keyreeve__common_dot_v1_dot_keyserver__pb2.AddQuarantineRequest.SerializeToString,
+            keyreeve__common_dot_v1_dot_keyserver__pb2.Quarantine.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LiftQuarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/keyreeve.keyserver.v1.Quarantines/LiftQuarantine',
+            keyreeve__common_dot_v1_dot_keyserver__pb2.LiftQuarantineRequest.SerializeToString,
+            keyreeve__common_dot_v1_dot_keyserver__pb2.Quarantine.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuarantines(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/keyreeve.keyserver.v1.Quarantines/ListQuarantines',
+            keyreeve__common_dot_v1_dot_keyserver__pb2.ListQuarantinesRequest.SerializeToString,
+            keyreeve__common_dot_v1_dot_keyserver__pb2.ListQuarantinesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class ServiceIdentityStub:
     """For whoever certifies the key server: its front end makes its own TLS key and hands out only requests for certificates.
     """

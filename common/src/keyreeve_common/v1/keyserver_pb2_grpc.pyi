@@ -224,6 +224,55 @@ class GrantsServicer(metaclass=_abc_1.ABCMeta):
 
 def add_GrantsServicer_to_server(servicer: GrantsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
+class QuarantinesStub:
+    """For operators on a key host: holders that may not sign, whatever their grants say. Key administrators may only list them."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> QuarantinesAsyncStub: ...
+    AddQuarantine: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.AddQuarantineRequest, _keyserver_pb2.Quarantine]
+    """In force when the call returns, at other replicas within a second. Replaces the one that the holder has."""
+    LiftQuarantine: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.LiftQuarantineRequest, _keyserver_pb2.Quarantine]
+    ListQuarantines: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.ListQuarantinesRequest, _keyserver_pb2.ListQuarantinesResponse]
+
+@_typing.type_check_only
+class QuarantinesAsyncStub(QuarantinesStub):
+    """For operators on a key host: holders that may not sign, whatever their grants say. Key administrators may only list them."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    AddQuarantine: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.AddQuarantineRequest, _keyserver_pb2.Quarantine]  # type: ignore[assignment]
+    """In force when the call returns, at other replicas within a second. Replaces the one that the holder has."""
+    LiftQuarantine: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.LiftQuarantineRequest, _keyserver_pb2.Quarantine]  # type: ignore[assignment]
+    ListQuarantines: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.ListQuarantinesRequest, _keyserver_pb2.ListQuarantinesResponse]  # type: ignore[assignment]
+
+class QuarantinesServicer(metaclass=_abc_1.ABCMeta):
+    """For operators on a key host: holders that may not sign, whatever their grants say. Key administrators may only list them."""
+
+    @_abc_1.abstractmethod
+    def AddQuarantine(
+        self,
+        request: _keyserver_pb2.AddQuarantineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keyserver_pb2.Quarantine, _abc.Awaitable[_keyserver_pb2.Quarantine]]:
+        """In force when the call returns, at other replicas within a second. Replaces the one that the holder has."""
+
+    @_abc_1.abstractmethod
+    def LiftQuarantine(
+        self,
+        request: _keyserver_pb2.LiftQuarantineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keyserver_pb2.Quarantine, _abc.Awaitable[_keyserver_pb2.Quarantine]]: ...
+
+    @_abc_1.abstractmethod
+    def ListQuarantines(
+        self,
+        request: _keyserver_pb2.ListQuarantinesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keyserver_pb2.ListQuarantinesResponse, _abc.Awaitable[_keyserver_pb2.ListQuarantinesResponse]]: ...
+
+def add_QuarantinesServicer_to_server(servicer: QuarantinesServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
 class ServiceIdentityStub:
     """For whoever certifies the key server: its front end makes its own TLS key and hands out only requests for certificates."""
 

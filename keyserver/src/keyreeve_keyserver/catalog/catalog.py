@@ -24,6 +24,7 @@ from keyreeve_keyserver.catalog.database import WRITE, open_engine, storage_erro
 from keyreeve_keyserver.catalog.grants import GrantRows
 from keyreeve_keyserver.catalog.key_life import IS_PENDING, KeyLifeRows
 from keyreeve_keyserver.catalog.listen import CHANNEL
+from keyreeve_keyserver.catalog.quarantines import QuarantineRows, quarantine_entry
 from keyreeve_keyserver.catalog.records import (
     Changes,
     KeyEntry,
@@ -34,7 +35,15 @@ from keyreeve_keyserver.catalog.records import (
     purposes_to_text,
     time_to_number,
 )
-from keyreeve_keyserver.catalog.schema import CREATING, SCHEMA_VERSION, changes, grants, keys, schema_version
+from keyreeve_keyserver.catalog.schema import (
+    CREATING,
+    SCHEMA_VERSION,
+    changes,
+    grants,
+    keys,
+    quarantines,
+    schema_version,
+)
 from keyreeve_keyserver.catalog.steps import apply_steps, create_tables
 from keyreeve_keyserver.domain.keys import AuthorityProfile, JwtProfile, KeyState, canonical_json
 
@@ -43,7 +52,7 @@ _KEY_COLUMNS = [column for column in keys.columns if column.name not in ("sealed
 _FACTS_COLUMNS = [keys.c.key_id, keys.c.role, keys.c.purposes, keys.c.state, keys.c.seq]
 
 
-class Catalog(GrantRows, KeyLifeRows):
+class Catalog(GrantRows, KeyLifeRows, QuarantineRows):
     """Use `Catalog.open`; `close` gives the connections back."""
 
     def __init__(self, engine: Engine) -> None:
@@ -223,11 +232,13 @@ class Catalog(GrantRows, KeyLifeRows):
             if counter == seq:
                 return None
             found_keys = connection.execute(select(*_FACTS_COLUMNS).where(_after(keys, seq), keys.c.state != CREATING))
+            found_quarantines = connection.execute(select(quarantines).where(_after(quarantines, seq)))
             found_grants = connection.execute(select(grants).where(_after(grants, seq)))
             return Changes(
                 counter,
                 tuple(key_facts(row) for row in found_keys),
                 tuple(grant_entry(row) for row in found_grants),
+                tuple(quarantine_entry(row) for row in found_quarantines),
             )
 
 

@@ -20,6 +20,7 @@ from keyreeve_keyserver.domain.keys import (
     parse_jwt_profile,
 )
 from keyreeve_keyserver.domain.policy import Grant, KeyFacts
+from keyreeve_keyserver.domain.quarantine import Quarantine
 from keyreeve_keyserver.domain.rates import Rate
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -84,12 +85,19 @@ class GrantEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class QuarantineEntry:
+    quarantine: Quarantine
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
 class Changes:
     """Everything written after one value of the change counter, up to `seq`."""
 
     seq: int
     keys: tuple[tuple[KeyFacts, int], ...]
     grants: tuple[GrantEntry, ...]
+    quarantines: tuple[QuarantineEntry, ...] = ()
 
 
 def key_entry(row: Row[Any]) -> KeyEntry:

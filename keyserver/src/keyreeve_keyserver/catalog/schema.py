@@ -72,3 +72,17 @@ grants = Table(
     Index("keyreeve_grants_seq", "seq"),
     Index("keyreeve_grants_holder", "holder", "key_id"),
 )
+
+quarantines = Table(
+    "keyreeve_quarantines",
+    metadata,
+    Column("holder", String(2048), primary_key=True),
+    Column("cause", String(32), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("set_by", String(2048), nullable=False),
+    Column("since", BigInteger, nullable=False),
+    Column("until", BigInteger, nullable=True),
+    Column("lifted_at", BigInteger, nullable=True),
+    Column("seq", BigInteger, nullable=False),
+    Index("keyreeve_quarantines_seq", "seq"),
+)

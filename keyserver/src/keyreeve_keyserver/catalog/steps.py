@@ -11,7 +11,7 @@ from collections.abc import Callable
 from sqlalchemy import Column, Connection, Table, insert, inspect, select, text
 from sqlalchemy.schema import CreateColumn
 
-from keyreeve_keyserver.catalog.schema import grants, keys, metadata, schema_steps
+from keyreeve_keyserver.catalog.schema import grants, keys, metadata, quarantines, schema_steps
 
 Step = Callable[[Connection], None]
 
@@ -48,6 +48,7 @@ STEPS: dict[str, Step] = {
     "grants_rate_per_second": new_column(grants, "rate_per_second"),
     "grants_rate_burst": new_column(grants, "rate_burst"),
     "keys_jwt_profile": new_column(keys, "jwt_profile"),
+    "quarantines": new_table(quarantines),
 }  # in the order in which they are done; a name is never used again
 
 

@@ -21,12 +21,14 @@ from keyreeve_common.key_id import KeyId
 from keyreeve_common.telemetry import log, log_exception, log_warning
 
 from keyreeve_keyserver.catalog.catalog import Catalog
-from keyreeve_keyserver.catalog.records import Changes, GrantEntry, KeyEntry
+from keyreeve_keyserver.catalog.records import Changes, GrantEntry, KeyEntry, QuarantineEntry
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.domain.policy import Grant, KeyFacts, authorize_holder, authorize_local
+from keyreeve_keyserver.domain.quarantine import Quarantine
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_CURRENT_S = 2.0  # what was read longer ago may lack a grant that its holder knows of already
 _NO_GRANTS: dict[str, tuple[Grant, int]] = {}
 
 
@@ -53,6 +55,8 @@ class Access:
         self._max_staleness_s = max_staleness.total_seconds()
         self._keys: dict[str, tuple[KeyFacts, int]] = {}
         self._grants: dict[str, dict[str, tuple[Grant, int]]] = {}
+        self._quarantines: dict[str, tuple[Quarantine, int]] = {}
+        self._was_restored = False
         self._seq = 0
         self._read_at = 0.0
         self._woken = asyncio.Event()
@@ -62,12 +66,17 @@ class Access:
         self.on_disabled: Callable[[KeyId], None] = lambda _: None
 
     def authorize(self, holder: str, key_id: str, purpose: int, now: datetime) -> Grant | None:
-        """The grant that allows it; None for the operator, who needs none. Raises: KeyNotFound, PurposeNotPermitted, KeyDisabled."""
+        """The grant that allows it; None for the operator, who needs none.
+
+        Raises: Quarantined, KeyNotFound, PurposeNotPermitted, KeyDisabled.
+        """
         key = self._keys.get(key_id)
         facts = key[0] if key else None
         if holder == LOCAL:
             authorize_local(facts, purpose)
             return None
+        if (quarantine := self._quarantines.get(holder)) is not None:
+            quarantine[0].check(now)
         found = self._grants.get(holder, _NO_GRANTS).get(key_id)
         return authorize_holder(facts, found[0] if found else None, purpose, now)
 
@@ -96,6 +105,24 @@ class Access:
             of_holder[entry.grant.key_id] = (entry.grant, entry.seq)
             self.generation += known is not None and known[0] != entry.grant
 
+    def apply_quarantine(self, entry: QuarantineEntry) -> None:
+        known = self._quarantines.get(entry.quarantine.holder)
+        if known is None or known[1] <= entry.seq:
+            self._quarantines[entry.quarantine.holder] = (entry.quarantine, entry.seq)
+            self.generation += 1
+
+    def quarantine_here(self, quarantine: Quarantine) -> None:
+        """In force at this replica at once; the next entry of the catalog replaces it."""
+        known = self._quarantines.get(quarantine.holder)
+        self._quarantines[quarantine.holder] = (quarantine, known[1] if known else 0)
+        self.generation += 1
+
+    def may_have_had(self, holder: str, key_id: str) -> bool:
+        """Whether this holder has, had, or may for all we know be about to have a grant for this key: revoked and expired ones are known."""
+        if self._was_restored or self.staleness_s > _CURRENT_S:
+            return True
+        return key_id in self._grants.get(holder, _NO_GRANTS)
+
     async def refresh(self) -> None:
         """Reads what changed. Raises: the catalog's errors."""
         began = monotonic()
@@ -103,6 +130,8 @@ class Access:
         if changes is not None and changes.seq < self._seq:
             log_warning("catalog_went_back", detail="the database was restored from a backup; all of it is read anew")
             self._keys, self._grants, self._seq = {}, {}, 0
+            self._quarantines = {name: (known, 0) for name, (known, _) in self._quarantines.items()}
+            self._was_restored = True
             self.generation += 1
             changes = await self._threads.run(self._threads.catalog.changes_since, -1)
         if changes is not None:
@@ -145,6 +174,8 @@ class Access:
             self._put_key(facts, seq)
         for entry in changes.grants:
             self.apply_grant(entry)
+        for quarantined in changes.quarantines:
+            self.apply_quarantine(quarantined)
         self._seq = changes.seq
 
     def _put_key(self, facts: KeyFacts, seq: int) -> None:

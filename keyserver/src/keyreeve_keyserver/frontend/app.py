@@ -32,6 +32,8 @@ from keyreeve_keyserver.frontend.health import HealthServicer
 from keyreeve_keyserver.frontend.key_admin import KeyAdminServicer
 from keyreeve_keyserver.frontend.key_life import KeyLifeService
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics, SignerMetrics
+from keyreeve_keyserver.frontend.quarantine_watch import QuarantineWatch
+from keyreeve_keyserver.frontend.quarantines import QuarantinesServicer
 from keyreeve_keyserver.frontend.service_identity import ServiceIdentityServicer
 from keyreeve_keyserver.frontend.signer_link import SignerLink
 from keyreeve_keyserver.frontend.signing import SigningServicer
@@ -58,6 +60,8 @@ def allow_table(config: KeyServerConfig) -> dict[str, tuple[str, ...]]:
         f"{_SERVICES}Signing/": (f"{config.trust_domain.id}/*", LOCAL),
         f"{_SERVICES}KeyAdmin/": admins,
         f"{_SERVICES}Grants/": admins,
+        f"{_SERVICES}Quarantines/": (LOCAL,),
+        f"{_SERVICES}Quarantines/ListQuarantines": admins,
         f"{_SERVICES}ServiceIdentity/": admins,
         f"{_SERVICES}Health/": (ANYONE,),
     }
@@ -72,6 +76,7 @@ class Servicers:
     signing: SigningServicer
     key_admin: KeyAdminServicer
     grants: GrantsServicer
+    quarantines: QuarantinesServicer
     identity: ServiceIdentityServicer
     health: HealthServicer
 
@@ -79,6 +84,7 @@ class Servicers:
         keyserver_pb2_grpc.add_SigningServicer_to_server(self.signing, server)
         keyserver_pb2_grpc.add_KeyAdminServicer_to_server(self.key_admin, server)
         keyserver_pb2_grpc.add_GrantsServicer_to_server(self.grants, server)
+        keyserver_pb2_grpc.add_QuarantinesServicer_to_server(self.quarantines, server)
         keyserver_pb2_grpc.add_ServiceIdentityServicer_to_server(self.identity, server)
         keyserver_pb2_grpc.add_HealthServicer_to_server(self.health, server)
 
@@ -172,8 +178,10 @@ class FrontEnd:
             config.state_dir, trust_domain=config.trust_domain, spiffe_id=config.spiffe_id, clock=clock
         )
         metrics.watch(self._link, access, self._identity)
+        exempt = frozenset(str(admin) for admin in config.key_admins)
+        watch = QuarantineWatch(config.quarantine, access, threads, exempt=exempt, clock=clock)
         servicers = Servicers(
-            signing=SigningServicer(access, engine, config.limits, clock),
+            signing=SigningServicer(access, engine, config.limits, clock, watch),
             key_admin=KeyAdminServicer(
                 threads=threads,
                 access=access,
@@ -185,6 +193,9 @@ class FrontEnd:
                 clock=clock,
             ),
             grants=GrantsServicer(threads=threads, access=access, trust_domain=config.trust_domain, clock=clock),
+            quarantines=QuarantinesServicer(
+                threads=threads, access=access, trust_domain=config.trust_domain, clock=clock
+            ),
             identity=ServiceIdentityServicer(self._identity, self._open_tls),
             health=HealthServicer(link=self._link, access=access, identity=self._identity, clock=clock),
         )

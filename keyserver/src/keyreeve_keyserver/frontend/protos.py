@@ -161,6 +161,10 @@ def wait_from_proto(message: Duration) -> timedelta:
     return _SECOND * message.seconds
 
 
+def time_to_proto(time: datetime | None) -> Timestamp | None:
+    return _timestamp(time)
+
+
 def time_from_proto(message: Timestamp, field: str) -> datetime:
     """Raises: InvalidRequest for a time outside the years 1 to 9999."""
     try:

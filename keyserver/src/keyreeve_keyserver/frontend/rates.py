@@ -18,6 +18,10 @@ from keyreeve_keyserver.domain.rates import Buckets, Pace, Rate, pace_of, wait_n
 _NS_PER_MS = 1_000_000
 
 
+class RateExceeded(RateLimited):
+    """The caller's own doing, unlike a server that is too busy."""
+
+
 class RateLimiter:
     def __init__(self, config: Rates, *, clock_ns: Callable[[], int] = monotonic_ns) -> None:
         self._replicas = config.replicas
@@ -31,7 +35,7 @@ class RateLimiter:
         self._paces: dict[Rate, Pace] = {}
 
     def admit(self, grant: Grant) -> None:
-        """Takes a token of the grant, of its holder and of its key. Raises: RateLimited, which says whose bucket is empty and when to retry."""
+        """Takes a token of the grant, of its holder and of its key. Raises: RateExceeded, which says whose bucket is empty and when to retry."""
         now_ns = self._clock_ns()
         of_grant = self._grant_default if grant.rate is None else self._pace_of(grant.rate)
         of_holder, of_key = self._holder_pace, self._key_pace
@@ -69,9 +73,9 @@ class RateLimiter:
         return found
 
 
-def _limited(whose: str, wait: int) -> RateLimited:
+def _limited(whose: str, wait: int) -> RateExceeded:
     milliseconds = -(-wait // _NS_PER_MS)
-    return RateLimited(
+    return RateExceeded(
         f"{whose} has used its rate of signatures at this replica; its next is due in {milliseconds} ms",
         retry_after=timedelta(milliseconds=milliseconds),
     )

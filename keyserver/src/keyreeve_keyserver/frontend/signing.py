@@ -31,6 +31,7 @@ from keyreeve_keyserver.config import Limits
 from keyreeve_keyserver.frames import MAX_ITEMS, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import Access
 from keyreeve_keyserver.frontend.engine import SigningEngine
+from keyreeve_keyserver.frontend.quarantine_watch import QuarantineWatch
 from keyreeve_keyserver.frontend.rates import RateLimiter
 from keyreeve_keyserver.frontend.release import ReleaseGate
 
@@ -47,12 +48,20 @@ _Request = keyserver_pb2.SignItem | keyserver_pb2.SignRequest
 
 
 class SigningServicer(keyserver_pb2_grpc.SigningServicer):
-    def __init__(self, access: Access, engine: SigningEngine, limits: Limits, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        access: Access,
+        engine: SigningEngine,
+        limits: Limits,
+        clock: Callable[[], datetime],
+        watch: QuarantineWatch | None = None,
+    ) -> None:
         self.access = access
         self.engine = engine
         self.limits = limits
         self.clock = clock
         self.gate = ReleaseGate(access, clock)
+        self._watch = watch
         self._rates = RateLimiter(limits.rates)
         self._bound_ms = int(limits.sign_timeout / timedelta(milliseconds=1))
         self._streams: set[_Stream] = set()
@@ -61,12 +70,13 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
 
     async def Sign(self, request: keyserver_pb2.SignRequest, context: Any) -> keyserver_pb2.SignResponse:
         peer = current_peer()
+        item = None
         try:
             self.access.require_fresh()
             item = self.judge(peer.name, 0, request, self._deadline_ms(context.time_remaining()), self.clock())
             result = await self._sign_one(peer, item)
         except KeyreeveError as error:
-            log_refusals(peer, [(request.key_id, request.purpose, error)])
+            self.refused(peer, [(request.key_id, request.purpose, error)], by_signer=item is not None)
             raise
         return keyserver_pb2.SignResponse(signature=result)
 
@@ -119,6 +129,14 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         if grant is not None:
             self._rates.admit(grant)
         return SignItem(number, key_id, request.scheme, request.purpose, deadline_ms, message, trace)
+
+    def refused(
+        self, peer: Peer, refusals: Sequence[tuple[str, int, KeyreeveError]], *, by_signer: bool = False
+    ) -> None:
+        """Takes note of what a caller was refused: key id, purpose, why."""
+        log_refusals(peer, refusals)
+        if self._watch is not None and not peer.local:
+            self._watch.refused(peer.name, refusals, by_signer=by_signer)
 
     def bound_ms(self, asked_ms: int) -> int:
         return asked_ms if 0 < asked_ms < self._bound_ms else self._bound_ms
@@ -234,7 +252,7 @@ class _Stream:
                 continue
             longest = max(longest, deadline)
         if refused:
-            log_refusals(peer, [entry[1:] for entry in refused])
+            service.refused(peer, [entry[1:] for entry in refused])
             shown = [keyserver_pb2.SignResult(id=entry[0], error=error_to_proto(entry[3])) for entry in refused]
             self._answer(shown, ends_batch=not accepted)
         if not accepted:
@@ -249,7 +267,7 @@ class _Stream:
             raise InvalidRequest("an item id stands twice among the outstanding items of this stream")
 
     def _refuse_all(self, requests: Sequence[keyserver_pb2.SignItem], error: KeyreeveError) -> None:
-        log_refusals(self._peer, [("", 0, error)])
+        self._service.refused(self._peer, [("", 0, error)])
         for request in requests:
             self._service.engine.metrics.refused(request.purpose, error.code.value)
         shown = error_to_proto(error)
@@ -274,9 +292,8 @@ class _Stream:
     def _log_signer_refusals(self, items: Sequence[SignItem], results: Sequence[SignResult]) -> None:
         refused = {result.id: result.error for result in results if not isinstance(result, Signed)}
         if refused:
-            log_refusals(
-                self._peer, [(item.key_id, item.purpose, refused[item.id]) for item in items if item.id in refused]
-            )
+            shown = [(item.key_id, item.purpose, refused[item.id]) for item in items if item.id in refused]
+            self._service.refused(self._peer, shown, by_signer=True)
 
 
 def _to_proto(result: SignResult) -> keyserver_pb2.SignResult:

@@ -37,6 +37,7 @@ class Stubs:
         self.signing = keyserver_pb2_grpc.SigningStub(self.channel)
         self.keys = keyserver_pb2_grpc.KeyAdminStub(self.channel)
         self.grants = keyserver_pb2_grpc.GrantsStub(self.channel)
+        self.quarantines = keyserver_pb2_grpc.QuarantinesStub(self.channel)
         self.identity = keyserver_pb2_grpc.ServiceIdentityStub(self.channel)
         self.health = keyserver_pb2_grpc.HealthStub(self.channel)
 
