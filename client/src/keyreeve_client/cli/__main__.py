@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from keyreeve_common.errors import ErrorCode, FailedPrecondition, KeyreeveError, Unavailable
 
-from keyreeve_client.cli import entries, keys, nodes, quarantines, services, svids
+from keyreeve_client.cli import approvals, entries, keys, nodes, quarantines, services, svids
 from keyreeve_client.cli.doctor.command import doctor
 from keyreeve_client.cli.output import OutputFormat, set_default_output, show_text
 
@@ -40,6 +40,7 @@ def build_app(asked: Sequence[str] = ()) -> typer.Typer:
     app.add_typer(nodes.tokens, name="token")
     app.add_typer(nodes.agents, name="agent")
     app.add_typer(keys.app, name="key")
+    app.add_typer(approvals.app, name="approval")
     app.add_typer(keys.grants, name="grant")
     app.add_typer(quarantines.app, name="quarantine")
     app.add_typer(svids.app, name="svid")

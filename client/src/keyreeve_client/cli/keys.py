@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from keyreeve_common.schemes import KeyType
 from keyreeve_common.v1 import keyserver_pb2
 
 from keyreeve_client.cli import arguments
+from keyreeve_client.cli.approvals import read_approvals
 from keyreeve_client.cli.connections import (
     DEFAULT_KEY_SERVER_SOCKET,
     PAGE_SIZE,
@@ -105,6 +107,9 @@ def destroy(
     after: Annotated[
         str | None, typer.Option("--after", help="Waiting time, such as 30d; the server's shortest unless told.")
     ] = None,
+    approval: Annotated[
+        list[Path] | None, typer.Option("--approval", help="File of `keyreeve approval sign`; repeat it.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET,
     output: Output = None,
@@ -113,7 +118,9 @@ def destroy(
     if not yes:
         typer.confirm(f"Destroy key {key_id} for ever, after the waiting time?", abort=True, err=True)
     request = keyserver_pb2.ScheduleKeyDestructionRequest(
-        key_id=arguments.key_id(key_id), after=arguments.duration_proto(after)
+        key_id=arguments.key_id(key_id),
+        after=arguments.duration_proto(after),
+        approvals=read_approvals(approval or []),
     )
     with key_server(socket) as stubs:
         show_one(stubs.keys.ScheduleKeyDestruction(request, timeout=TIMEOUT_S), output)

@@ -194,6 +194,16 @@ class KeyAdminStub:
                 request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.CancelKeyDestructionRequest.SerializeToString,
                 response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
                 _registered_method=True)
+        self.GetApprovalRequest = channel.unary_unary(
+                '/keyreeve.keyserver.v1.KeyAdmin/GetApprovalRequest',
+                request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.GetApprovalRequestRequest.SerializeToString,
+                response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.ApprovalRequest.FromString,
+                _registered_method=True)
+        self.SubmitApprovals = channel.unary_unary(
+                '/keyreeve.keyserver.v1.KeyAdmin/SubmitApprovals',
+                request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.SubmitApprovalsRequest.SerializeToString,
+                response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.SubmitApprovalsResponse.FromString,
+                _registered_method=True)
 
 
 class KeyAdminServicer:
@@ -250,6 +260,20 @@ class KeyAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetApprovalRequest(self, request, context):
+        """What approvers are to sign (docs/protocol/approvals.md), for the destruction of a key or for a creation that asked for approvals.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitApprovals(self, request, context):
+        """Keeps approvals of a creation until it is asked for again with the same request id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KeyAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -292,6 +316,16 @@ def add_KeyAdminServicer_to_server(servicer, server):
                     servicer.CancelKeyDestruction,
                     request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.CancelKeyDestructionRequest.FromString,
                     response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.SerializeToString,
+            ),
+            'GetApprovalRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetApprovalRequest,
+                    request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.GetApprovalRequestRequest.FromString,
+                    response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.ApprovalRequest.SerializeToString,
+            ),
+            'SubmitApprovals': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitApprovals,
+                    request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.SubmitApprovalsRequest.FromString,
+                    response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.SubmitApprovalsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -511,6 +545,60 @@ class KeyAdmin:
             '/keyreeve.keyserver.v1.KeyAdmin/CancelKeyDestruction',
             keyreeve__common_dot_v1_dot_keyserver__pb2.CancelKeyDestructionRequest.SerializeToString,
             keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetApprovalRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/keyreeve.keyserver.v1.KeyAdmin/GetApprovalRequest',
+            keyreeve__common_dot_v1_dot_keyserver__pb2.GetApprovalRequestRequest.SerializeToString,
+            keyreeve__common_dot_v1_dot_keyserver__pb2.ApprovalRequest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitApprovals(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/keyreeve.keyserver.v1.KeyAdmin/SubmitApprovals',
+            keyreeve__common_dot_v1_dot_keyserver__pb2.SubmitApprovalsRequest.SerializeToString,
+            keyreeve__common_dot_v1_dot_keyserver__pb2.SubmitApprovalsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -83,6 +83,10 @@ class KeyAdminStub:
     ScheduleKeyDestruction: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.ScheduleKeyDestructionRequest, _keyserver_pb2.Key]
     """Only a disabled key: it is destroyed when the waiting time is over, unless that is cancelled before. A second call changes nothing."""
     CancelKeyDestruction: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.CancelKeyDestructionRequest, _keyserver_pb2.Key]
+    GetApprovalRequest: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.GetApprovalRequestRequest, _keyserver_pb2.ApprovalRequest]
+    """What approvers are to sign (docs/protocol/approvals.md), for the destruction of a key or for a creation that asked for approvals."""
+    SubmitApprovals: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.SubmitApprovalsRequest, _keyserver_pb2.SubmitApprovalsResponse]
+    """Keeps approvals of a creation until it is asked for again with the same request id."""
 
 @_typing.type_check_only
 class KeyAdminAsyncStub(KeyAdminStub):
@@ -99,6 +103,10 @@ class KeyAdminAsyncStub(KeyAdminStub):
     ScheduleKeyDestruction: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.ScheduleKeyDestructionRequest, _keyserver_pb2.Key]  # type: ignore[assignment]
     """Only a disabled key: it is destroyed when the waiting time is over, unless that is cancelled before. A second call changes nothing."""
     CancelKeyDestruction: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.CancelKeyDestructionRequest, _keyserver_pb2.Key]  # type: ignore[assignment]
+    GetApprovalRequest: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.GetApprovalRequestRequest, _keyserver_pb2.ApprovalRequest]  # type: ignore[assignment]
+    """What approvers are to sign (docs/protocol/approvals.md), for the destruction of a key or for a creation that asked for approvals."""
+    SubmitApprovals: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.SubmitApprovalsRequest, _keyserver_pb2.SubmitApprovalsResponse]  # type: ignore[assignment]
+    """Keeps approvals of a creation until it is asked for again with the same request id."""
 
 class KeyAdminServicer(metaclass=_abc_1.ABCMeta):
     """For key administrators: the CA and local operators."""
@@ -160,6 +168,22 @@ class KeyAdminServicer(metaclass=_abc_1.ABCMeta):
         request: _keyserver_pb2.CancelKeyDestructionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_keyserver_pb2.Key, _abc.Awaitable[_keyserver_pb2.Key]]: ...
+
+    @_abc_1.abstractmethod
+    def GetApprovalRequest(
+        self,
+        request: _keyserver_pb2.GetApprovalRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keyserver_pb2.ApprovalRequest, _abc.Awaitable[_keyserver_pb2.ApprovalRequest]]:
+        """What approvers are to sign (docs/protocol/approvals.md), for the destruction of a key or for a creation that asked for approvals."""
+
+    @_abc_1.abstractmethod
+    def SubmitApprovals(
+        self,
+        request: _keyserver_pb2.SubmitApprovalsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keyserver_pb2.SubmitApprovalsResponse, _abc.Awaitable[_keyserver_pb2.SubmitApprovalsResponse]]:
+        """Keeps approvals of a creation until it is asked for again with the same request id."""
 
 def add_KeyAdminServicer_to_server(servicer: KeyAdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

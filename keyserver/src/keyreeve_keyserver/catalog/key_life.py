@@ -6,15 +6,17 @@ has a clock (PostgreSQL): a replica whose clock is wrong ends nothing early.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from keyreeve_common.approvals import Approval
 from keyreeve_common.key_id import KeyId
-from sqlalchemy import Connection, and_, select, text, update
+from sqlalchemy import Connection, and_, delete, insert, or_, select, text, update
 
 from keyreeve_keyserver.catalog.records import KeyEntry, key_entry, time_from_number, time_to_number
-from keyreeve_keyserver.catalog.schema import keys
+from keyreeve_keyserver.catalog.schema import CREATING, approvals, keys
 from keyreeve_keyserver.domain.keys import KeyState
 
 # Not the sealed record and the permit: whoever looks at keys has no use for them.
@@ -101,3 +103,41 @@ class KeyLifeRows:
                 Doomed(KeyId(row.key_id), bytes(row.sealed_record), bytes(row.destruction_permit or b""))
                 for row in found
             ]
+
+    def intent(self, request_id: str) -> KeyEntry | None:
+        """The key that this request id asked for and that is not made yet."""
+        wanted = select(*_COLUMNS).where(keys.c.request_id == request_id, keys.c.state == CREATING)
+        with self._read() as connection:
+            row = connection.execute(wanted).one_or_none()
+        return None if row is None else key_entry(row)
+
+    def keep_approvals(self, given: Sequence[Approval], *, now: datetime) -> list[str]:
+        """Keeps approvals of one request, in place of those of an earlier one; who has approved it now. Expired ones go."""
+        request = given[0].request
+        same = approvals.c.request_id == request.request_id
+        with self._write() as (connection, _):
+            stale = or_(
+                approvals.c.request_digest != request.digest, approvals.c.approver.in_([g.approver for g in given])
+            )
+            connection.execute(
+                delete(approvals).where(or_(and_(same, stale), approvals.c.expires_at < time_to_number(now)))
+            )
+            rows = [
+                {
+                    "request_id": request.request_id,
+                    "approver": approval.approver,
+                    "request_digest": request.digest,
+                    "approval": approval.to_text(),
+                    "expires_at": time_to_number(request.expires),
+                }
+                for approval in {approval.approver: approval for approval in given}.values()
+            ]
+            connection.execute(insert(approvals), rows)
+            kept = connection.execute(select(approvals.c.approver).where(same).order_by(approvals.c.approver))
+            return list(kept.scalars())
+
+    def approvals(self, request_id: str) -> list[str]:
+        """The texts that are kept for this creation."""
+        with self._read() as connection:
+            query = select(approvals.c.approval).where(approvals.c.request_id == request_id)
+            return list(connection.execute(query.order_by(approvals.c.approver)).scalars())

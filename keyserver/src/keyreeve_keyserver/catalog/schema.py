@@ -86,3 +86,13 @@ quarantines = Table(
     Column("seq", BigInteger, nullable=False),
     Index("keyreeve_quarantines_seq", "seq"),
 )
+
+approvals = Table(
+    "keyreeve_approvals",
+    metadata,
+    Column("request_id", String(128), primary_key=True),
+    Column("approver", String(64), primary_key=True),
+    Column("request_digest", String(64), nullable=False),
+    Column("approval", Text, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+)

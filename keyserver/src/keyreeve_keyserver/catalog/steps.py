@@ -11,7 +11,7 @@ from collections.abc import Callable
 from sqlalchemy import Column, Connection, Table, insert, inspect, select, text
 from sqlalchemy.schema import CreateColumn
 
-from keyreeve_keyserver.catalog.schema import grants, keys, metadata, quarantines, schema_steps
+from keyreeve_keyserver.catalog.schema import approvals, grants, keys, metadata, quarantines, schema_steps
 
 Step = Callable[[Connection], None]
 
@@ -49,6 +49,7 @@ STEPS: dict[str, Step] = {
     "grants_rate_burst": new_column(grants, "rate_burst"),
     "keys_jwt_profile": new_column(keys, "jwt_profile"),
     "quarantines": new_table(quarantines),
+    "approvals": new_table(approvals),
 }  # in the order in which they are done; a name is never used again
 
 

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from keyreeve_common.errors import (
+    ApprovalRequired,
     Conflict,
     FailedPrecondition,
     InvalidRequest,
@@ -22,6 +23,7 @@ from keyreeve_common.errors import (
 from keyreeve_common.grpc_edge import current_peer
 from keyreeve_common.identity import TrustDomain
 from keyreeve_common.key_id import KeyId, parse_key_id
+from keyreeve_common.purposes import KeyRole
 from keyreeve_common.telemetry import log, log_warning
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 
@@ -31,7 +33,7 @@ from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.key_life import KeyLifeService
-from keyreeve_keyserver.frontend.protos import key_to_proto, new_key_from_proto, wait_from_proto
+from keyreeve_keyserver.frontend.protos import key_to_proto, new_key_from_proto, time_from_proto, wait_from_proto
 from keyreeve_keyserver.frontend.signer_link import SignerLink
 
 DEFAULT_PAGE, MAX_PAGE = 100, 1000
@@ -112,6 +114,23 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
     ) -> keyserver_pb2.Key:
         return self._shown(await self._life.cancel_destruction(parse_key_id(request.key_id)))
 
+    async def GetApprovalRequest(
+        self, request: keyserver_pb2.GetApprovalRequestRequest, context: Any
+    ) -> keyserver_pb2.ApprovalRequest:
+        expires = time_from_proto(request.expires, "expires")
+        if request.key_id:
+            after = wait_from_proto(request.after) if request.HasField("after") else None
+            built = await self._life.destruction_request(parse_key_id(request.key_id), after=after, expires=expires)
+        else:
+            built = await self._life.creation_request(request.request_id, expires=expires)
+        return keyserver_pb2.ApprovalRequest(request=built.to_bytes().decode("ascii"))
+
+    async def SubmitApprovals(
+        self, request: keyserver_pb2.SubmitApprovalsRequest, context: Any
+    ) -> keyserver_pb2.SubmitApprovalsResponse:
+        request_id, approvers = await self._life.keep_approvals(tuple(request.approvals))
+        return keyserver_pb2.SubmitApprovalsResponse(request_id=request_id, approvers=approvers)
+
     async def _move(self, key_id: KeyId, to: KeyState, origin: KeyState) -> KeyEntry:
         entry = await self._threads.run(self._catalog.change_state, key_id, to=to, from_states=(origin,))
         if entry is None:
@@ -128,7 +147,7 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         """The creation goes on when its caller gives up; a retry that comes meanwhile waits for the same one."""
         task = self._creating.get(request_id)
         if task is None:
-            task = asyncio.create_task(self._create(entry))
+            task = asyncio.create_task(self._create(entry, request_id))
             self._creating[request_id] = task
             task.add_done_callback(lambda done: self._created(request_id, entry.key_id, done))
         return await asyncio.shield(task)
@@ -139,7 +158,7 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
             detail = error.detail if isinstance(error, KeyreeveError) else type(error).__name__
             log_warning("key_creation_failed", key_id=key_id, detail=detail)
 
-    async def _create(self, entry: KeyEntry) -> KeyEntry:
+    async def _create(self, entry: KeyEntry, request_id: str) -> KeyEntry:
         backend = entry.backend or str(self._link.capabilities.get("default_backend", ""))
         arguments: dict[str, Any] = {
             "key_id": entry.key_id,
@@ -153,14 +172,22 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
             arguments["authority_profile"] = entry.authority_profile.to_json()
         if entry.jwt_profile is not None:
             arguments["jwt_profile"] = entry.jwt_profile.to_json()
+        if entry.role is not KeyRole.HANDSHAKE and (
+            approvals := await self._threads.run(self._catalog.approvals, request_id)
+        ):
+            arguments |= {"approvals": approvals, "request_id": request_id}
         try:
             made = await self._link.control("create_key", timeout=self._timeout_s, **arguments)
         except Conflict:
-            return await self._create_renamed(entry)
+            return await self._create_renamed(entry, request_id)
+        except ApprovalRequired as error:
+            raise ApprovalRequired(f"{error.detail}; run: keyreeve approval request create {request_id}") from None
         except (InvalidRequest, FailedPrecondition) as error:
             if not isinstance(error, TokenPinIncorrect):
                 await self._threads.run(self._catalog.abandon_key, entry.key_id)
             raise
+        if made.get("key_id", entry.key_id) != entry.key_id:
+            raise Conflict("these approvals made another key already; ask for new ones")
         record = base64.b64decode(made["record"])
         try:
             done = await self._threads.run(
@@ -191,7 +218,7 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         except KeyNotFound:
             raise Unavailable("another replica is making this key; retry with the same request_id") from None
 
-    async def _create_renamed(self, entry: KeyEntry) -> KeyEntry:
+    async def _create_renamed(self, entry: KeyEntry, request_id: str) -> KeyEntry:
         """An earlier creation was cut off after the token had made its key: that one was never given out and never will be."""
         log_warning(
             "unused_key_left_in_backend", key_id=entry.key_id, detail="creation was cut off; made under a new id"
@@ -199,7 +226,7 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         renamed = await self._threads.run(self._catalog.rename_intent, entry.key_id)
         if renamed is None:
             return await self._made_elsewhere(entry.key_id)
-        return await self._create(renamed)
+        return await self._create(renamed, request_id)
 
     async def _destroy_quietly(self, key_id: KeyId, record: bytes) -> None:
         try:

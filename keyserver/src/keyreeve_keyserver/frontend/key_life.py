@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import secrets
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from hashlib import sha256
 from time import monotonic
 
-from keyreeve_common.errors import FailedPrecondition, InvalidRequest, KeyreeveError
+from keyreeve_common.approvals import ApprovalRequest, Operation, parse_approval
+from keyreeve_common.errors import FailedPrecondition, InvalidRequest, KeyreeveError, NotFound
 from keyreeve_common.grpc_edge import current_peer
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.telemetry import log, log_exception, log_warning
@@ -119,6 +122,54 @@ class KeyLifeService:
         self._access.apply_key(done)
         return done
 
+    async def destruction_request(
+        self, key_id: KeyId, *, after: timedelta | None, expires: datetime
+    ) -> ApprovalRequest:
+        """What approvers sign for the destruction of this key."""
+        entry = await self._threads.run(self._threads.catalog.key, key_id)
+        key = {
+            "key_id": key_id,
+            "spki_sha256": sha256(entry.spki_der).hexdigest(),
+            "role": entry.role.value,
+            "label": entry.label,
+            "wait_s": int((self._wait if after is None else after) / _SECOND),
+        }
+        request_id = f"destroy-{secrets.token_hex(16)}"
+        return ApprovalRequest(Operation.DESTROY_KEY, request_id, _whole_seconds(expires), key)
+
+    async def creation_request(self, request_id: str, *, expires: datetime) -> ApprovalRequest:
+        """What approvers sign for the key that this request id asked for. Raises: NotFound when no such creation waits."""
+        intent = await self._threads.run(self._threads.catalog.intent, request_id)
+        if intent is None:
+            raise NotFound("no creation waits under this request id; ask for the key first")
+        profile = intent.authority_profile
+        key = {
+            "key_type": intent.key_type.value,
+            "role": intent.role.value,
+            "purposes": sorted(purpose.label for purpose in intent.purposes),
+            "backend": intent.backend or str(self._link.capabilities.get("default_backend", "")),
+            "label": intent.label,
+            "authority_profile": profile.to_json() if profile else None,
+            "jwt_profile": intent.jwt_profile.to_json() if intent.jwt_profile else None,
+        }
+        return ApprovalRequest(Operation.CREATE_KEY, request_id, _whole_seconds(expires), key)
+
+    async def keep_approvals(self, texts: Sequence[str]) -> tuple[str, list[str]]:
+        """The request id, and all approvers whose approvals of this request are kept. Whether they hold, the signer says.
+
+        Raises: ApprovalInvalid, InvalidRequest.
+        """
+        approvals = [parse_approval(text) for text in texts]
+        if len({approval.request.digest for approval in approvals}) != 1:
+            raise InvalidRequest("approvals: give one or more, all of the same request")
+        request = approvals[0].request
+        if request.operation is not Operation.CREATE_KEY:
+            raise InvalidRequest("approvals of a destruction go with it: keyreeve key destroy --approval")
+        now = self._clock()
+        kept = await self._threads.run(self._threads.catalog.keep_approvals, approvals, now=now)
+        log("approvals_kept", caller=current_peer().name, request_id=request.request_id, approvers=",".join(kept))
+        return request.request_id, kept
+
     async def cancel_destruction(self, key_id: KeyId) -> KeyEntry:
         """Raises: FailedPrecondition when nothing is scheduled, or it is too late."""
         entry = await self._threads.run(self._threads.catalog.cancel_destruction, key_id)
@@ -166,6 +217,10 @@ class KeyLifeService:
         if self._failing.get(key_id) != error.code.value:
             self._failing[key_id] = error.code.value
             log_warning("key_destruction_waits", key_id=key_id, code=error.code.value, detail=error.detail)
+
+
+def _whole_seconds(time: datetime) -> datetime:
+    return time.replace(microsecond=0)
 
 
 def _base64(data: bytes) -> str:

@@ -30,6 +30,7 @@ from keyreeve_keyserver.backends.vault_backend import VaultBackend
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
 from keyreeve_keyserver.backends.worker_pool import PoolPolicy
 from keyreeve_keyserver.domain.breaker import BreakerPolicy
+from keyreeve_keyserver.signer.approvals import load_approvals
 from keyreeve_keyserver.signer.config import BackendConfig, BackendKind, SignerConfig
 from keyreeve_keyserver.signer.controls import ControlService
 from keyreeve_keyserver.signer.metrics import SignerMetrics
@@ -83,6 +84,8 @@ def _check(config: SignerConfig, *, listens: bool) -> None:
         raise ConfigInvalid("listen.allowed_uids is empty: no one could connect")
     if config.sealing.passphrase_file is not None:
         check_passphrase(read_secret(config.sealing.passphrase_file))
+    if config.approvals.required:
+        load_approvals(config.approvals)
     for backend in config.backend:
         if backend.kind is BackendKind.PKCS11 and (pin_file := Path(backend.token().pin_source or "")).exists():
             check_secret_file(pin_file)  # only the workers read the PIN
@@ -96,7 +99,15 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace) -> None:
     metrics.watch(backends, keys)
     server = Server(
         SigningService(backends, keys, now=now, max_message=config.max_message_bytes, metrics=metrics),
-        ControlService(backends, keys, sealer, default_backend=config.default_name, now=now, metrics=metrics),
+        ControlService(
+            backends,
+            keys,
+            sealer,
+            default_backend=config.default_name,
+            now=now,
+            metrics=metrics,
+            approvals=load_approvals(config.approvals),
+        ),
         allowed_uids=frozenset(config.listen.allowed_uids),
     )
     workers = [each.worker for each in backends.values() if isinstance(each, WorkerBackend)]

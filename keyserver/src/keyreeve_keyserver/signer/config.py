@@ -155,6 +155,31 @@ class ListenConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ApproverConfig:
+    """A person who may approve: a name, and a public key (Ed25519, P-256 or P-384) in PEM."""
+
+    name: str
+    public_key_file: Path
+
+    def __post_init__(self) -> None:
+        _check_name(self.name, "approver.name")
+
+
+@dataclass(frozen=True, slots=True)
+class ApprovalsConfig:
+    """How many of the approvers must agree before a key is destroyed or an authority's key is made; 0: nobody is asked."""
+
+    required: int = 0
+    approver: tuple[ApproverConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [approver.name for approver in self.approver]
+        _require(len(set(names)) == len(names), "two approvers have the same name")
+        _require(0 <= self.required <= len(names), "required is more than there are approvers")
+        _require(self.required > 0 or not names, "approvers are named and none is required: set required")
+
+
+@dataclass(frozen=True, slots=True)
 class SignerConfig:
     """`default_backend` may be left out where there is one backend only."""
 
@@ -163,6 +188,7 @@ class SignerConfig:
     default_backend: str = ""
     max_message_bytes: int = MAX_MESSAGE_BYTES
     listen: ListenConfig = field(default_factory=ListenConfig)
+    approvals: ApprovalsConfig = field(default_factory=ApprovalsConfig)
 
     def __post_init__(self) -> None:
         names = [backend.name for backend in self.backend]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from keyreeve_common.approvals import ApprovalRequest, Operation
 from keyreeve_common.errors import (
+    ApprovalInvalid,
+    ApprovalRequired,
     Conflict,
     InvalidRequest,
     KeyreeveError,
@@ -28,6 +32,8 @@ from keyreeve_keyserver.audit.events import front_end_records, key_record
 from keyreeve_keyserver.audit.ports import AuditLog, NullAuditLog
 from keyreeve_keyserver.backends.ports import Backend, CreatedKey
 from keyreeve_keyserver.domain.keys import (
+    AuthorityProfile,
+    JwtProfile,
     KeyRecord,
     check_label,
     check_purposes,
@@ -37,6 +43,12 @@ from keyreeve_keyserver.domain.keys import (
 )
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import Control, JsonObject
+from keyreeve_keyserver.signer.approvals import (
+    Approvals,
+    is_made_with_approval,
+    key_to_create,
+    key_to_destroy,
+)
 from keyreeve_keyserver.signer.destruction import MAX_WAIT_SECONDS, DestructionPermit
 from keyreeve_keyserver.signer.metrics import SignerMetrics
 from keyreeve_keyserver.signer.sealing import Sealer
@@ -44,7 +56,22 @@ from keyreeve_keyserver.signer.self_test import load_tested
 from keyreeve_keyserver.signer.service import KeyTable
 
 _REQUIRED = frozenset({"key_id", "key_type", "role", "purposes"})
-_OPTIONAL = frozenset({"backend", "label", "authority_profile", "jwt_profile"})
+_OPTIONAL = frozenset({"backend", "label", "authority_profile", "jwt_profile", "approvals", "request_id"})
+_FRESH = timedelta(minutes=15)  # how long a key that was never loaded may be destroyed by whoever had it made
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A key to make, as the arguments say it."""
+
+    key_id: KeyId
+    key_type: KeyType
+    role: KeyRole
+    purposes: frozenset[Purpose]
+    label: str
+    backend: Backend
+    profile: AuthorityProfile | None
+    jwt_profile: JwtProfile | None
 
 
 class ControlService:
@@ -57,6 +84,7 @@ class ControlService:
         default_backend: str,
         now: Callable[[], datetime],
         audit: AuditLog | None = None,
+        approvals: Approvals | None = None,
         metrics: SignerMetrics | None = None,
     ) -> None:
         self._metrics = metrics or SignerMetrics()
@@ -66,6 +94,9 @@ class ControlService:
         self._default = default_backend
         self._now = now
         self._audit = audit or NullAuditLog()
+        self._approvals = approvals or Approvals()
+        self._approving = asyncio.Lock()
+        self._fresh: dict[bytes, datetime] = {}  # by public key: when it was made here
         self._operations: dict[str, Callable[[JsonObject], Awaitable[JsonObject]]] = {
             "capabilities": self._capabilities,
             "health": self._health,
@@ -117,48 +148,87 @@ class ControlService:
         return {"samples": samples_to_json(self._metrics.snapshot())}
 
     async def _create_key(self, arguments: JsonObject) -> JsonObject:
-        """The key is made, sealed and handed out; it is not loaded."""
+        """The key is made, sealed and handed out; it is not loaded. What approvals were used for once is only told again."""
         _members(arguments, required=_REQUIRED, optional=_OPTIONAL)
-        key_id = parse_key_id(_text(arguments, "key_id"))
-        key_type = _choice(KeyType, arguments, "key_type")
-        role = _choice(KeyRole, arguments, "role")
-        purposes = parse_purposes(arguments["purposes"])
-        given = arguments.get("authority_profile")
-        profile = None if given is None else parse_authority_profile(given)
-        given = arguments.get("jwt_profile")
-        jwt_profile = None if given is None else parse_jwt_profile(given)
-        check_purposes(role, purposes, profile, jwt_profile, key_type=key_type)
-        label = _text(arguments, "label") if arguments.get("label") is not None else ""
-        check_label(label)
-        backend = self._backend(_text(arguments, "backend") if arguments.get("backend") else self._default)
-        if self._keys.get(key_id) is not None:
-            raise Conflict("a key with this id is loaded")
-        created = await backend.create(key_id, key_type)
-        record = KeyRecord(
-            key_id=key_id,
-            key_type=key_type,
+        role, purposes = _choice(KeyRole, arguments, "role"), parse_purposes(arguments["purposes"])
+        given, given_jwt = arguments.get("authority_profile"), arguments.get("jwt_profile")
+        wanted = _Wanted(
+            key_id=parse_key_id(_text(arguments, "key_id")),
+            key_type=_choice(KeyType, arguments, "key_type"),
             role=role,
             purposes=purposes,
+            label=_text(arguments, "label") if arguments.get("label") is not None else "",
+            backend=self._backend(_text(arguments, "backend") if arguments.get("backend") else self._default),
+            profile=None if given is None else parse_authority_profile(given),
+            jwt_profile=None if given_jwt is None else parse_jwt_profile(given_jwt),
+        )
+        check_purposes(role, purposes, wanted.profile, wanted.jwt_profile, key_type=wanted.key_type)
+        check_label(wanted.label)
+        if not is_made_with_approval(role):
+            return await self._make_key(wanted)
+        async with self._approving:  # two at once would both find the approvals unused
+            approved = self._approved_creation(arguments, wanted)
+            if (kept := self._approvals.answer_of(approved, self._now())) is not None:
+                return kept
+            answer = await self._make_key(wanted)
+            self._approvals.keep_answer(approved, answer)
+            return answer
+
+    async def _make_key(self, wanted: _Wanted) -> JsonObject:
+        key_id, backend = wanted.key_id, wanted.backend
+        if self._keys.get(key_id) is not None:
+            raise Conflict("a key with this id is loaded")
+        created = await backend.create(key_id, wanted.key_type)
+        record = KeyRecord(
+            key_id=key_id,
+            key_type=wanted.key_type,
+            role=wanted.role,
+            purposes=wanted.purposes,
             backend=backend.name,
             backend_ref=created.backend_ref,
             spki_der=created.spki_der,
-            label=label,
+            label=wanted.label,
             created=self._now().astimezone(UTC).replace(microsecond=0),
-            authority_profile=profile,
-            jwt_profile=jwt_profile,
+            authority_profile=wanted.profile,
+            jwt_profile=wanted.jwt_profile,
         )
         sealed = await self._seal_or_destroy(record, created, backend)
         await self._record_or_destroy(record, backend)
-        if Purpose.DIGEST in purposes:
+        if Purpose.DIGEST in wanted.purposes:
             log_warning(
                 "digest_key_created", key_id=key_id, detail="whoever may use this purpose has the key sign anything"
             )
-        log("key_created", key_id=key_id, key_type=key_type.value, role=role.value, backend=backend.name)
+        log(
+            "key_created",
+            key_id=key_id,
+            key_type=wanted.key_type.value,
+            role=wanted.role.value,
+            backend=backend.name,
+        )
+        self._fresh[record.spki_der] = self._now()
         return {
+            "key_id": key_id,
             "record": base64.b64encode(sealed).decode("ascii"),
             "spki_der": base64.b64encode(created.spki_der).decode("ascii"),
             "attributes": created.attributes,
         }
+
+    def _approved_creation(self, arguments: JsonObject, wanted: _Wanted) -> ApprovalRequest | None:
+        """Raises: ApprovalRequired, ApprovalInvalid."""
+        key = key_to_create(
+            key_type=wanted.key_type.value,
+            role=wanted.role.value,
+            purposes=[purpose.label for purpose in wanted.purposes],
+            backend=wanted.backend.name,
+            label=wanted.label,
+            authority_profile=wanted.profile.to_json() if wanted.profile else None,
+            jwt_profile=wanted.jwt_profile.to_json() if wanted.jwt_profile else None,
+        )
+        given = _list(arguments, "approvals")
+        request = self._approvals.require(given, operation=Operation.CREATE_KEY, key=key, now=self._now())
+        if request is not None and request.request_id != arguments.get("request_id"):
+            raise ApprovalInvalid("the approvals are for a creation with another request_id")
+        return request
 
     async def _seal_or_destroy(self, record: KeyRecord, created: CreatedKey, backend: Backend) -> bytes:
         """A key that no record names would stay in its token for ever."""
@@ -185,6 +255,7 @@ class ControlService:
         if loaded is not None and loaded != record:
             raise Conflict("another record of this key id is loaded: forget that first")
         if loaded is None:
+            self._fresh.pop(record.spki_der, None)
             await load_tested(self._backend(record.backend), record, secret)
             self._keys.put(record)
         return {"key_id": record.key_id}
@@ -198,11 +269,17 @@ class ControlService:
         """What `destroy_key` takes when the waiting time is over; where approvals are configured, it takes nothing else."""
         _members(arguments, required=frozenset({"record", "wait_s"}), optional=frozenset({"approvals"}))
         record, _ = await self._open(_text(arguments, "record"))
-        wait = timedelta(seconds=_whole(arguments, "wait_s", high=MAX_WAIT_SECONDS))
-        permit = DestructionPermit.of(record, not_before=self._now() + wait)
+        wait_s, now = _whole(arguments, "wait_s", high=MAX_WAIT_SECONDS), self._now()
+        key, given = key_to_destroy(record, wait_s), _list(arguments, "approvals")
+        approved = self._approvals.require(given, operation=Operation.DESTROY_KEY, key=key, now=now)
+        if (kept := self._approvals.answer_of(approved, now)) is not None:
+            return kept
+        permit = DestructionPermit.of(record, not_before=now + timedelta(seconds=wait_s))
         log("destruction_permitted", key_id=record.key_id, not_before=permit.not_before.isoformat())
         sealed = await self._sealer.seal_note(permit.to_bytes())
-        return {"permit": base64.b64encode(sealed).decode("ascii")}
+        answer: JsonObject = {"permit": base64.b64encode(sealed).decode("ascii")}
+        self._approvals.keep_answer(approved, answer)
+        return answer
 
     async def _destroy_key(self, arguments: JsonObject) -> JsonObject:
         _members(arguments, required=frozenset({"record"}), optional=frozenset({"permit"}))
@@ -210,13 +287,22 @@ class ControlService:
         if arguments.get("permit") is not None:
             note = await self._sealer.open_note(_base64(_text(arguments, "permit"), "permit"))
             DestructionPermit.parse(note).check(record, now=self._now())
+        elif self._approvals.are_asked_for and not self._is_fresh(record):
+            raise ApprovalRequired("destroying this key needs approvals: keyreeve approval request destroy")
         backend = self._backend(record.backend)
         self._forget(record.key_id)
+        self._approvals.forget_key(record.key_id)
         await self._audit.append([self._key_record(Event.KEY_DESTROY_REQUESTED, record)])
         await backend.destroy(record)
         await self._audit.append([self._key_record(Event.KEY_DESTROYED, record)])
         log("key_destroyed", key_id=record.key_id, backend=record.backend)
         return {}
+
+    def _is_fresh(self, record: KeyRecord) -> bool:
+        """Made by this process a short while ago and never loaded, so it never signed: what a creation that failed half way leaves."""
+        now = self._now()
+        self._fresh = {spki: made for spki, made in self._fresh.items() if now - _FRESH < made <= now}
+        return record.spki_der in self._fresh
 
     async def _record(self, arguments: JsonObject) -> JsonObject:
         """Records what the front end saw or decided, marked as its word."""
@@ -269,6 +355,13 @@ def _text(arguments: JsonObject, name: str) -> str:
     if not isinstance(value, str):
         raise InvalidRequest(f"{name} is not a string")
     return value
+
+
+def _list(arguments: JsonObject, name: str) -> list[object]:
+    value = arguments.get(name)
+    if value is not None and not isinstance(value, list):
+        raise InvalidRequest(f"{name} is not a list")
+    return value or []
 
 
 def _whole(arguments: JsonObject, name: str, *, high: int) -> int:
