@@ -163,6 +163,8 @@ class KeyServerHealth:
     version: str
     detail: str
     svid_not_after: datetime | None
+    catalog_staleness_s: float = 0.0
+    serving_from_cache: bool = False
     backends: tuple[BackendHealth, ...] = field(default=())
 
 
@@ -292,7 +294,15 @@ class KeyAdminClient:
     def check_health(self) -> KeyServerHealth:
         answer = self._call(self._health.Check, keyserver_pb2.HealthRequest())
         backends = tuple(BackendHealth(each.name, each.serving, each.detail, each.custody) for each in answer.backends)
-        return KeyServerHealth(answer.serving, answer.version, answer.detail, _time(answer, "svid_not_after"), backends)
+        return KeyServerHealth(
+            answer.serving,
+            answer.version,
+            answer.detail,
+            _time(answer, "svid_not_after"),
+            answer.catalog_staleness_s,
+            answer.serving_from_cache,
+            backends,
+        )
 
     def _call(self, method: Callable[..., R], request: object) -> R:
         try:

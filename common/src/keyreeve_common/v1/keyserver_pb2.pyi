@@ -1354,9 +1354,15 @@ class HealthResponse(_message.Message):
     BACKENDS_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     SVID_NOT_AFTER_FIELD_NUMBER: _builtins.int
+    CATALOG_STALENESS_S_FIELD_NUMBER: _builtins.int
+    SERVING_FROM_CACHE_FIELD_NUMBER: _builtins.int
     serving: _builtins.bool
     version: _builtins.str
     detail: _builtins.str
+    catalog_staleness_s: _builtins.float
+    """since the catalog was read last; above catalog.max_staleness nothing is signed"""
+    serving_from_cache: _builtins.bool
+    """the catalog cannot be read now, and this replica signs by what it read last"""
     @_builtins.property
     def backends(self) -> _containers.RepeatedCompositeFieldContainer[Global___BackendHealth]: ...
     @_builtins.property
@@ -1369,10 +1375,12 @@ class HealthResponse(_message.Message):
         backends: _abc.Iterable[Global___BackendHealth] | None = ...,
         detail: _builtins.str = ...,
         svid_not_after: _timestamp_pb2.Timestamp | None = ...,
+        catalog_staleness_s: _builtins.float = ...,
+        serving_from_cache: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["svid_not_after", b"svid_not_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backends", b"backends", "detail", b"detail", "serving", b"serving", "svid_not_after", b"svid_not_after", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backends", b"backends", "catalog_staleness_s", b"catalog_staleness_s", "detail", b"detail", "serving", b"serving", "serving_from_cache", b"serving_from_cache", "svid_not_after", b"svid_not_after", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

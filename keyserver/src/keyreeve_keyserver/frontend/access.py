@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timedelta
+from enum import Enum
 from functools import partial
 from time import monotonic
 from typing import ParamSpec, TypeVar
@@ -30,6 +31,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _CURRENT_S = 2.0  # what was read longer ago may lack a grant that its holder knows of already
 _NO_GRANTS: dict[str, tuple[Grant, int]] = {}
+
+
+class Freshness(Enum):
+    """How well a replica knows the catalog: read just now; within `max_staleness`, so it serves from memory; not even that, so it refuses."""
+
+    CURRENT = "current"
+    CACHED = "cached"
+    STALE = "stale"
 
 
 class CatalogThreads:
@@ -52,7 +61,7 @@ class Access:
 
     def __init__(self, threads: CatalogThreads, *, max_staleness: timedelta) -> None:
         self._threads = threads
-        self._max_staleness_s = max_staleness.total_seconds()
+        self.max_staleness_s = max_staleness.total_seconds()
         self._keys: dict[str, tuple[KeyFacts, int]] = {}
         self._grants: dict[str, dict[str, tuple[Grant, int]]] = {}
         self._quarantines: dict[str, tuple[Quarantine, int]] = {}
@@ -84,12 +93,20 @@ class Access:
         """Raises: Unavailable."""
         if not self.is_fresh:
             raise Unavailable(
-                f"the catalog was not read for {self.staleness_s:.0f} s, so revocations may be missed; check the database"
+                f"the catalog was not read for {self.staleness_s:.1f} s, catalog.max_staleness allows {self.max_staleness_s:g} s, "
+                "since revocations may be missed; check the database, or use another replica"
             )
 
     @property
     def is_fresh(self) -> bool:
-        return self.staleness_s <= self._max_staleness_s
+        return self.staleness_s <= self.max_staleness_s
+
+    @property
+    def freshness(self) -> Freshness:
+        staleness_s = self.staleness_s
+        if staleness_s > self.max_staleness_s:
+            return Freshness.STALE
+        return Freshness.CURRENT if staleness_s <= _CURRENT_S else Freshness.CACHED
 
     @property
     def staleness_s(self) -> float:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
-from keyreeve_common.errors import ConfigInvalid, FailedPrecondition
+from keyreeve_common.errors import ConfigInvalid, FailedPrecondition, Unavailable
 from keyreeve_common.files import make_private_directory, read_secret
 from keyreeve_common.grpc_edge import ANYONE, LOCAL, SERVER_PING_OPTIONS, EdgeInterceptor
 from keyreeve_common.prometheus_export import MetricsServer
@@ -27,6 +27,7 @@ from keyreeve_keyserver.config import KeyServerConfig
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
 from keyreeve_keyserver.frontend.canary import Canaries
 from keyreeve_keyserver.frontend.engine import SigningEngine
+from keyreeve_keyserver.frontend.freshness import FreshnessWatch
 from keyreeve_keyserver.frontend.grants import GrantsServicer
 from keyreeve_keyserver.frontend.health import HealthServicer
 from keyreeve_keyserver.frontend.key_admin import KeyAdminServicer
@@ -50,6 +51,7 @@ _OPTIONS = [
     ("grpc.keepalive_timeout_ms", 10_000),
     *SERVER_PING_OPTIONS,
 ]
+_CATALOG_RETRY_S = 0.5
 _SERVICES = "/keyreeve.keyserver.v1."
 
 
@@ -118,7 +120,11 @@ class FrontEnd:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
         lock = _prepare_directories(self._config)
-        catalog = await asyncio.to_thread(_open_catalog, self._config)
+        try:
+            catalog = await self._catalog_once_reached()
+        except BaseException:
+            os.close(lock)
+            raise
         threads = CatalogThreads(catalog)
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -127,6 +133,7 @@ class FrontEnd:
             tasks.append(asyncio.create_task(access.follow(self._config.catalog.poll_interval)))
             if catalog.url.get_backend_name() == "postgresql":
                 tasks.append(asyncio.create_task(ChangeListener(catalog.url, access.wake).run()))
+            tasks.append(asyncio.create_task(FreshnessWatch(access).run()))
             tasks.append(asyncio.create_task(_as_coroutine(serve_signer(self._link))))
             tasks.append(asyncio.create_task(self._life.reap(self._config.keys.reap_interval)))
             self._servicers = servicers
@@ -156,6 +163,20 @@ class FrontEnd:
             await asyncio.to_thread(threads.close)
             os.close(lock)
         log("front_end_stopped")
+
+    async def _catalog_once_reached(self) -> Catalog:
+        """Waits for a database that is away; what an operator must mend ends the start. Raises: KeyreeveError."""
+        said = False
+        while True:
+            try:
+                return await asyncio.to_thread(_open_catalog, self._config)
+            except Unavailable as error:
+                if self._stopping.is_set():
+                    raise
+                if not said:
+                    log_warning("waiting_for_catalog", code=error.code.value, detail=error.detail)
+                said = True
+            await self._first_of(asyncio.sleep(_CATALOG_RETRY_S))
 
     def _build(self, threads: CatalogThreads) -> tuple[Servicers, Access]:
         config, clock = self._config, self._clock

@@ -10,7 +10,7 @@ from typing import Any
 from keyreeve_common.errors import KeyreeveError
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 
-from keyreeve_keyserver.frontend.access import Access
+from keyreeve_keyserver.frontend.access import Access, Freshness
 from keyreeve_keyserver.frontend.canary import CanaryState
 from keyreeve_keyserver.frontend.protos import key_type_to_proto
 from keyreeve_keyserver.frontend.signer_link import SignerLink
@@ -45,7 +45,9 @@ class HealthServicer(keyserver_pb2_grpc.HealthServicer):
             serving=not problems,
             version=version("keyreeve-keyserver"),
             backends=backends,
-            detail="; ".join(problems),
+            detail="; ".join([*problems, *self._notes()]),
+            catalog_staleness_s=self._access.staleness_s,
+            serving_from_cache=self._access.freshness is Freshness.CACHED,
         )
         if self._identity.installed is not None:
             response.svid_not_after.FromDatetime(self._identity.installed.svid.not_after)
@@ -60,6 +62,14 @@ class HealthServicer(keyserver_pb2_grpc.HealthServicer):
             yield "no SVID is installed; run: keyreeve init"
         elif self._clock() >= self._identity.installed.svid.not_after:
             yield "the SVID has expired; check that the CA runs and reaches this key server, or run: keyreeve init"
+
+    def _notes(self) -> Iterator[str]:
+        """What serves and is not as it should be."""
+        if self._access.freshness is Freshness.CACHED:
+            yield (
+                f"serving from cache: the catalog was not read for {self._access.staleness_s:.1f} s, "
+                f"signing ends at {self._access.max_staleness_s:g} s; check the database"
+            )
 
     def _backends(self, said: dict[str, Any]) -> Iterator[keyserver_pb2.BackendHealth]:
         known = {str(backend.get("name")): backend for backend in self._link.capabilities.get("backends", [])}

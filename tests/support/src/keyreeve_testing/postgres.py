@@ -13,9 +13,11 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from keyreeve_testing.processes import children_of
 
 _VERSIONS = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True)
 BIN = _VERSIONS[0] if _VERSIONS else None
@@ -46,6 +48,20 @@ class PostgresServer:
 
     def stop(self) -> None:
         self._run("pg_ctl", "-D", str(self.data), "-m", "immediate", "-w", "stop")
+
+    def freeze(self) -> None:
+        """SIGSTOP to every process of it: connections stand, nothing answers."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        postmaster = int((self.data / "postmaster.pid").read_text().splitlines()[0])
+        os.kill(postmaster, number)  # first, so that it starts no further child
+        for child in children_of(postmaster):
+            with suppress(ProcessLookupError):
+                os.kill(child, number)
 
     def kill(self) -> None:
         """SIGKILL to the postmaster; its children end by themselves."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from keyreeve_common.errors import KeyNotFound, StorageBusy, Unavailable
@@ -17,6 +18,7 @@ from keyreeve_keyserver.catalog.records import GrantEntry, KeyEntry, NewKey
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.domain.policy import Grant
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
+from keyreeve_keyserver.frontend.freshness import FreshnessWatch
 from sqlalchemy import URL, text
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -177,3 +179,21 @@ async def test_generation_changes_with_what_was_known(threads: CatalogThreads) -
     assert disabled is not None
     access.apply_key(disabled)
     assert access.generation == 2
+
+
+async def test_each_turn_of_freshness_is_said_once(threads: CatalogThreads, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    access = Access(threads, max_staleness=timedelta(seconds=10))
+    watch = FreshnessWatch(access)
+    await access.refresh()
+    for age_s in (0, 1, 3, 4, 11, 12, 0, 0, 11, 0):
+        access._read_at = monotonic() - age_s
+        watch.look()
+    assert [record.message for record in caplog.records] == [
+        "serving_from_cache",
+        "refusing_without_catalog",
+        "catalog_current_again",
+        "refusing_without_catalog",
+        "catalog_current_again",
+    ]
+    assert caplog.records[2].__dict__["keyreeve_fields"]["away_s"] == 12
