@@ -191,6 +191,54 @@ static void test_purposes(void)
               REQUESTS[i].purpose);
 }
 
+static void test_server_key_exchange(void)
+{
+    static const struct {
+        uint8_t curve;
+        uint8_t point_len;
+    } CURVES[] = {{0x17, 65}, {0x18, 97}, {0x19, 133}, {0x1d, 32}, {0x1e, 56}};
+    uint8_t message[68 + 134];
+    size_t i, len, other;
+
+    for (i = 0; i < sizeof(CURVES) / sizeof(CURVES[0]); i++) {
+        memset(message, 0x30, sizeof(message)); /* randoms that look like a request */
+        message[64] = 3;
+        message[65] = 0;
+        message[66] = CURVES[i].curve;
+        message[67] = CURVES[i].point_len;
+        len = 68U + CURVES[i].point_len;
+        for (other = 0; other <= sizeof(message); other++)
+            CHECK(keyreeve_purpose_of(message, other) ==
+                  (other == len ? KEYREEVE_PURPOSE_TLS12_SERVER_KEY_EXCHANGE : KEYREEVE_PURPOSE_UNSPECIFIED));
+        for (other = 64; other < 68; other++) { /* explicit curves, DHE, other curves and lengths */
+            message[other] ^= 1;
+            CHECK(keyreeve_purpose_of(message, len) == KEYREEVE_PURPOSE_UNSPECIFIED);
+            message[other] ^= 1;
+        }
+    }
+}
+
+static void test_client_transcript(void)
+{
+    static const uint8_t TRANSCRIPT[] = {1, 0, 0, 2, 'c', 'h', 2, 0, 0, 0, 14, 0, 0, 0, 16, 0, 0, 1, 'k'};
+    static const uint8_t OTHERS[][9] = {
+        {1, 0, 0, 0, 16, 0, 0, 2, 'k'},       /* the last is cut short */
+        {2, 0, 0, 0, 16, 0, 0, 1, 'k'},       /* no ClientHello */
+        {1, 0, 0, 0, 20, 0, 0, 1, 'k'},       /* Finished last */
+        {1, 255, 255, 255, 16, 0, 0, 1, 'k'}, /* longer than the message */
+    };
+    uint8_t longer[sizeof(TRANSCRIPT) + 1] = {0};
+    size_t i;
+
+    CHECK(keyreeve_purpose_of(TRANSCRIPT, sizeof(TRANSCRIPT)) == KEYREEVE_PURPOSE_TLS12_CLIENT_VERIFY);
+    for (i = 0; i < sizeof(TRANSCRIPT); i++)
+        CHECK(keyreeve_purpose_of(TRANSCRIPT, i) == KEYREEVE_PURPOSE_UNSPECIFIED);
+    memcpy(longer, TRANSCRIPT, sizeof(TRANSCRIPT));
+    CHECK(keyreeve_purpose_of(longer, sizeof(longer)) == KEYREEVE_PURPOSE_UNSPECIFIED);
+    for (i = 0; i < sizeof(OTHERS) / sizeof(OTHERS[0]); i++)
+        CHECK(keyreeve_purpose_of(OTHERS[i], sizeof(OTHERS[i])) == KEYREEVE_PURPOSE_UNSPECIFIED);
+}
+
 static void test_schemes(void)
 {
     keyreeve_digest digest;
@@ -220,6 +268,8 @@ int main(int argc, char **argv)
     test_answer_bounds();
     test_a_detail_cannot_forge_log_lines();
     test_purposes();
+    test_server_key_exchange();
+    test_client_transcript();
     test_schemes();
     puts("frames, purposes, schemes: ok");
     return 0;

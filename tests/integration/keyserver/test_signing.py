@@ -129,7 +129,7 @@ def test_one_refused_item_fails_alone(rig: KeyServerRig, agent: Svid, key: keyse
             11: "purpose_not_permitted",
         }
         assert "65536" in results[6].error.detail
-        assert "allow TLS 1.3 alone" in results[11].error.detail
+        assert "allow only these" in results[11].error.detail
         stream.close()
     refused = rig.process.wait_event("sign_refused", lambda entry: entry.get("code") == "purpose_mismatch")
     assert refused["caller"] == agent.spiffe_id

@@ -138,13 +138,13 @@ def test_a_refusal_is_in_the_error_log_by_name(
         server.wait_for_log("key_not_found (20): no such key, or no grant for this caller")
 
 
-def test_tls12_goes_out_without_a_purpose(
+def test_tls12_goes_out_with_its_purpose(
     agent: FakeAgent, authority: Authority, identity_of: Callable[[str], Identity], nginx: Callable[..., Nginx]
 ) -> None:
-    """The fake agent signs it; the signer refuses purpose 0 and names it."""
+    """The fake agent signs it; the signer does for a key that was created for it."""
     with replace(nginx(identity_of("ec-p256")), protocols="TLSv1.2") as server:
         handshake(server.port, authority, maximum=ssl.TLSVersion.TLSv1_2)
-    assert [request.purpose for request in agent.requests] == [Purpose.UNSPECIFIED]
+    assert [request.purpose for request in agent.requests] == [Purpose.TLS12_SERVER_KEY_EXCHANGE]
 
 
 def test_an_agent_that_is_down_fails_handshakes_within_the_deadline_and_comes_back(

@@ -15,7 +15,7 @@ from hashlib import sha256
 
 from keyreeve_common.errors import FailedPrecondition, InvalidRequest
 from keyreeve_common.identity import SpiffeId
-from keyreeve_common.purposes import Purpose
+from keyreeve_common.purposes import PURPOSES_OF_ROLE, KeyRole, Purpose
 from keyreeve_common.schemes import KeyType
 from keyreeve_common.x509_svid import RESERVED_DNS_ZONE
 
@@ -29,7 +29,7 @@ MAX_HINT_BYTES = 1024  # WA-08
 MIN_TTL = timedelta(seconds=1)
 MAX_TTL = timedelta(days=30)
 DEFAULT_PURPOSES = frozenset({Purpose.TLS13_SERVER_VERIFY, Purpose.TLS13_CLIENT_VERIFY})
-_OFFERED_PURPOSES = DEFAULT_PURPOSES | {Purpose.CERTIFICATE_REQUEST}
+_OFFERED_PURPOSES = PURPOSES_OF_ROLE[KeyRole.HANDSHAKE]
 _SELECTOR_TYPE = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
 _SELECTOR_VALUE = re.compile(r"[^\x00-\x1f\x7f]+")
 _BACKEND = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}", re.ASCII)
@@ -161,6 +161,8 @@ class Entry:
         _require(_size(self.hint) <= MAX_HINT_BYTES, f"hint is longer than {MAX_HINT_BYTES} bytes")
         _require(not self.expires_at or self.expires_at > self.created_at, "expires_at lies before the creation")
         _require(bool(self.purposes) and self.purposes <= _OFFERED_PURPOSES, "purposes holds one that is not offered")
+        no_digest = self.key_type is KeyType.ED25519 and Purpose.DIGEST in self.purposes
+        _require(not no_digest, "purposes holds digest, which a key of type ed25519 cannot have")
 
     @property
     def owner(self) -> KeyOwner:

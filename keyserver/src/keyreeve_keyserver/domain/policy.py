@@ -11,11 +11,12 @@ from datetime import datetime
 
 from keyreeve_common.errors import InvalidRequest, KeyDisabled, KeyNotFound, PurposeNotPermitted
 from keyreeve_common.key_id import KeyId
-from keyreeve_common.purposes import KeyRole, Purpose
+from keyreeve_common.purposes import OPT_IN_PURPOSES, KeyRole, Purpose
 
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.domain.rates import Rate
 
+_OPT_IN = "; it is opt-in: name it in the entry, or for the key and the grant, or let the program use TLS 1.3 alone"
 LOCAL_PURPOSES = frozenset({Purpose.X509_CERTIFICATE, Purpose.CERTIFICATE_REQUEST})
 
 
@@ -69,7 +70,8 @@ def authorize_local(key: KeyFacts | None, purpose: int) -> None:
 
 def _check_use(key: KeyFacts, allowed: frozenset[Purpose], purpose: int, source: str) -> None:
     if purpose not in allowed:
-        raise PurposeNotPermitted(f"the {source} does not cover purpose {_label(purpose)} for this key")
+        hint = _OPT_IN if purpose in OPT_IN_PURPOSES else ""
+        raise PurposeNotPermitted(f"the {source} does not cover purpose {_label(purpose)} for this key{hint}")
     if key.state is not KeyState.ENABLED:
         raise KeyDisabled("the key is disabled; a key administrator can enable it")
 

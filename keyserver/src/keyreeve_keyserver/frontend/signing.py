@@ -37,10 +37,10 @@ from keyreeve_keyserver.frontend.release import ReleaseGate
 
 _MAX_SCHEME = 0xFFFF
 _MAX_REFUSAL_LINES = 16
-# What an operator meets who lets a server speak TLS 1.2: a provider declares no purpose for what it does not recognise.
+# A provider declares no purpose for what it does not recognise.
 _NO_PURPOSE = (
-    "purpose unspecified is never signed: the message is neither a TLS 1.3 CertificateVerify nor a certificate request; "
-    "allow TLS 1.3 alone in the program that asked"
+    "purpose unspecified is never signed: the message is no handshake of TLS 1.2 with ECDHE or of TLS 1.3, and no certificate "
+    "request; allow only these in the program that asked"
 )
 _PURPOSES = frozenset(int(purpose) for purpose in Purpose if purpose is not Purpose.UNSPECIFIED)
 _DRAIN_RETRY = timedelta(milliseconds=100)

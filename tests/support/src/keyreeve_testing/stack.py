@@ -52,6 +52,9 @@ class Served:
     key_type: str = "ec-p256"
     backend: str = ""
     mutual: bool = False
+    protocols: str = "TLSv1.3"
+    settings: str = ""  # more of nginx's, each with its semicolon
+    purposes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class StackConfig:
     agent: str = "/keyreeve/agent/node-1"
     served: tuple[Served, ...] = (Served("frontend", "/ns/web/sa/frontend", mutual=True),)
     client: str | None = "/ns/web/sa/client"
+    client_purposes: tuple[str, ...] = ()
     software_backend: bool = True
     svid_ttl: str = "1h"
     nginx_workers: int = 2
@@ -355,7 +359,8 @@ http {{
         server_name {self.dns_name(served.name)};
         ssl_certificate {files}/chain.pem;
         ssl_certificate_key {files}/key.pem;
-        ssl_protocols TLSv1.3;
+        ssl_protocols {served.protocols};
+        {served.settings}
         ssl_session_tickets off;
         ssl_session_cache off;
 {mutual if served.mutual else ""}        root {self.run_dir}/www;
@@ -395,10 +400,20 @@ http {{
         """The identities that nginx serves are its workers' by delegation; the client's is curl's own."""
         for served in self.config.served:
             self.create_entry(
-                served.name, served.path, served.key_type, served.backend, delegate=f"unix:user:{self.worker_user}"
+                served.name,
+                served.path,
+                served.key_type,
+                served.backend,
+                delegate=f"unix:user:{self.worker_user}",
+                purposes=served.purposes,
             )
         if self.config.client is not None:
-            self.create_entry("client", self.config.client, selector=f"unix:uid:{os.geteuid()}")
+            self.create_entry(
+                "client",
+                self.config.client,
+                selector=f"unix:uid:{os.geteuid()}",
+                purposes=self.config.client_purposes,
+            )
         for name in self.entries:
             self.wait_until(lambda name=name: (self.svid_dir(name) / "chain.pem").exists(), f"files of {name}")  # type: ignore[misc]
 
@@ -411,6 +426,7 @@ http {{
         *,
         selector: str = "",
         delegate: str = "",
+        purposes: tuple[str, ...] = (),
     ) -> str:
         """Creates an entry and returns its id. A workload that nothing here runs as keeps an entry that only its delegate uses."""
         arguments = ["entry", "create", "--spiffe-id", self.spiffe_id(path), "--parent", self.agent_id]
@@ -425,6 +441,8 @@ http {{
         arguments += ["--dns", self.dns_name(name)]
         arguments += ["--key-backend", backend] if backend else []
         arguments += ["--delegate", delegate] if delegate else []
+        for purpose in purposes:
+            arguments += ["--purpose", purpose]
         self.entries[name] = str(self.cli(*arguments)["entry_id"])
         return self.entries[name]
 
