@@ -11,7 +11,7 @@ from cryptography import x509
 from fake_services import TD, TOKEN, Services
 from keyreeve_common.bundle import parse_bundle_jwks
 from keyreeve_common.identity import TrustDomain
-from keyreeve_common.v1 import ca_pb2
+from keyreeve_common.v1 import ca_pb2, keyserver_pb2, types_pb2
 
 AGENT = f"spiffe://{TD}/keyreeve/agent/n1"
 WEB = f"spiffe://{TD}/web"
@@ -218,3 +218,17 @@ def test_authorities_are_listed_and_activated(services: Services) -> None:
     services.ca.authorities.append(ca_pb2.Authority(authority_id="aa", root=True, state=ca_pb2.AUTHORITY_STATE_ACTIVE))
     assert services.json("authority", "list")[0]["root"] is True
     assert services.json("authority", "activate", "bb")["state"] == "active"
+
+
+def test_a_key_for_tokens_has_its_role_and_profile(services: Services) -> None:
+    services.json("key", "create", "--purpose", "jwt_svid", "--trust-domain", TD, "--max-ttl", "5m")
+    request = services.key_server.created[0]
+    assert request.role == keyserver_pb2.KEY_ROLE_JWT_AUTHORITY
+    assert list(request.purposes) == [types_pb2.PURPOSE_JWT_SVID]
+    assert (request.jwt_profile.trust_domain, request.jwt_profile.max_ttl.seconds) == (TD, 300)
+    code, _, error = services.run("key", "create", "--purpose", "jwt_svid")
+    assert code == 2
+    assert "--trust-domain" in error
+    services.json("key", "create", "--purpose", "tls12_server_key_exchange", "--purpose", "digest")
+    assert services.key_server.created[1].role == keyserver_pb2.KEY_ROLE_HANDSHAKE
+    assert not services.key_server.created[1].HasField("jwt_profile")

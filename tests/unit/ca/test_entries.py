@@ -50,7 +50,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "wildcard over reserved zone": ({"dns_names": ("*.invalid",)}, "reserved"),
     "odd backend": ({"key_backend": "../x"}, "key_backend"),
     "long hint": ({"hint": "é" * 513}, "hint"),
-    "digest purpose": ({"purposes": frozenset({Purpose.DIGEST})}, "purposes"),
+    "digest with Ed25519": (
+        {"purposes": frozenset({Purpose.DIGEST}), "key_type": KeyType.ED25519},
+        "purposes holds digest",
+    ),
+    "token purpose": ({"purposes": frozenset({Purpose.JWT_SVID})}, "purposes"),
+    "CRL purpose": ({"purposes": frozenset({Purpose.X509_CRL})}, "purposes"),
     "authority purpose": ({"purposes": frozenset({Purpose.X509_CERTIFICATE})}, "purposes"),
     "no purpose": ({"purposes": frozenset()}, "purposes"),
 }

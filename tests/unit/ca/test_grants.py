@@ -59,6 +59,14 @@ def test_first_sync_makes_key_svid_and_grant_and_the_second_nothing(rig: Any) ->
     assert rig.store.change_sequence() == mark
 
 
+def test_what_an_entry_opts_in_to_is_in_its_key_and_its_grant(rig: Any) -> None:
+    asked = BOTH | {Purpose.TLS12_SERVER_KEY_EXCHANGE, Purpose.TLS12_CLIENT_VERIFY, Purpose.DIGEST}
+    create_entry(rig.ca, rig.entry(purposes=asked))
+    first = only(rig)
+    assert rig.cluster.get_key(first.key.key_id).purposes == asked
+    assert grant_of(rig, first.key.key_id).purposes == asked
+
+
 def test_svid_is_renewed_at_half_life_and_its_grant_extended(rig: Any) -> None:
     create_entry(rig.ca, rig.entry())
     first = only(rig)

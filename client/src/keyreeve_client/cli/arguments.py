@@ -12,9 +12,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from keyreeve_common.config import parse_duration
 from keyreeve_common.errors import KeyreeveError
-from keyreeve_common.identity import SpiffeId
+from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.key_id import parse_key_id
-from keyreeve_common.purposes import parse_purpose
+from keyreeve_common.purposes import Purpose, parse_purpose
 from keyreeve_common.schemes import KeyType
 from keyreeve_common.v1 import ca_pb2, keyserver_pb2, types_pb2
 
@@ -99,6 +99,18 @@ def delegate(text: str) -> ca_pb2.Delegate:
 
 def purposes(texts: Iterable[str]) -> list[types_pb2.Purpose.ValueType]:
     return [types_pb2.Purpose.ValueType(_checked(parse_purpose, text).value) for text in texts]
+
+
+def jwt_profile(purposes: Iterable[str], trust_domain: str, max_ttl: str) -> keyserver_pb2.JwtProfile | None:
+    """The profile of a JWT authority's key; None for the keys of other purposes, which have none."""
+    if Purpose.JWT_SVID.label not in purposes:
+        if trust_domain or max_ttl:
+            raise typer.BadParameter("--trust-domain and --max-ttl are for --purpose jwt_svid")
+        return None
+    if not (trust_domain and max_ttl):
+        raise typer.BadParameter("--purpose jwt_svid needs --trust-domain and --max-ttl")
+    domain = _checked(TrustDomain, trust_domain)
+    return keyserver_pb2.JwtProfile(trust_domain=domain.name, max_ttl=duration_proto(max_ttl))
 
 
 def key_type(value: KeyType | None) -> types_pb2.KeyType.ValueType:

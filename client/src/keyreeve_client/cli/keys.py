@@ -63,22 +63,34 @@ def create(
     backend: Annotated[str, typer.Option("--backend", help="Which backend; empty: the server's default.")] = "",
     label: Annotated[str, typer.Option("--label", help="For people: what it is for.")] = "",
     purpose: Annotated[
-        list[str] | None, typer.Option("--purpose", help="tls13_server_verify and tls13_client_verify unless told.")
+        list[str] | None,
+        typer.Option(
+            "--purpose", help="tls13_server_verify and tls13_client_verify unless told; jwt_svid stands alone."
+        ),
     ] = None,
+    trust_domain: Annotated[
+        str, typer.Option("--trust-domain", help="With purpose jwt_svid: of every token's subject.")
+    ] = "",
+    max_ttl: Annotated[
+        str,
+        typer.Option("--max-ttl", help="With purpose jwt_svid: how long a token may live, such as 5m; at most a day."),
+    ] = "",
     request_id: Annotated[
         str, typer.Option("--request-id", help="The same id gives the same key again, so a retry makes no second one.")
     ] = "",
     socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET,
     output: Output = None,
 ) -> None:
-    """Creates a handshake key. Authority keys are made by `keyreeve init` and `keyreeve authority prepare` alone."""
+    """Creates a handshake key, or a JWT authority's. X.509 authorities are made by `keyreeve init` and `keyreeve authority prepare` alone."""
+    profile = arguments.jwt_profile(purpose or (), trust_domain, max_ttl)
     request = keyserver_pb2.CreateKeyRequest(
         request_id=request_id or f"cli-{secrets.token_hex(16)}",
         key_type=arguments.key_type(key_type),
-        role=keyserver_pb2.KEY_ROLE_HANDSHAKE,
+        role=keyserver_pb2.KEY_ROLE_HANDSHAKE if profile is None else keyserver_pb2.KEY_ROLE_JWT_AUTHORITY,
         purposes=arguments.purposes(purpose or ("tls13_server_verify", "tls13_client_verify")),
         backend=backend,
         label=label,
+        jwt_profile=profile,
     )
     with key_server(socket) as stubs:
         show_one(stubs.keys.CreateKey(request, timeout=TIMEOUT_S), output)

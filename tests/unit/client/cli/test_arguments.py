@@ -70,3 +70,20 @@ def test_a_rate_is_a_number_in_a_unit_of_time(text: str, burst: int | None, per_
 def test_a_wrong_rate_is_a_usage_error(text: str | None, burst: int | None) -> None:
     with pytest.raises(typer.BadParameter, match="rate"):
         arguments.rate_proto(text, burst)
+
+
+def test_a_jwt_profile_stands_with_its_purpose_alone() -> None:
+    profile = arguments.jwt_profile(["jwt_svid"], "a.test", "5m")
+    assert profile is not None
+    assert (profile.trust_domain, profile.max_ttl.seconds) == ("a.test", 300)
+    assert arguments.jwt_profile(["tls13_server_verify"], "", "") is None
+    for purposes, domain, ttl in (
+        (["jwt_svid"], "", "5m"),
+        (["jwt_svid"], "a.test", ""),
+        ([], "a.test", ""),
+        ([], "", "5m"),
+    ):
+        with pytest.raises(typer.BadParameter, match="jwt_svid"):
+            arguments.jwt_profile(purposes, domain, ttl)
+    with pytest.raises(typer.BadParameter):
+        arguments.jwt_profile(["jwt_svid"], "Not A Domain", "5m")
