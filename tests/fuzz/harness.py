@@ -1,22 +1,26 @@
 """Runs one fuzz target for some seconds: mutates the seeds of its corpus, keeps what brings a new outcome, stops at the first fault.
 
-A target takes bytes and returns a short word for what came of them ("accepted", an error's name and rule); it raises for a fault. Without
-coverage of its own the harness takes a new word as new ground. With `--engine atheris` and atheris installed, libFuzzer drives the target.
+A target takes bytes and returns a short word for what came of them ("accepted", an error's name and rule); it raises for a fault. With atheris
+libFuzzer drives the target, led by what it reaches of our own packages. Where atheris is not installed, the mutation engine takes a new word as
+new ground. Both apply the target's own mutator, which keeps its form (DER, JSON) whole.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import random
 import re
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FunctionType
 
 Target = Callable[[bytes], str]
 Mutator = Callable[[bytes, Sequence[bytes], random.Random], bytes]
@@ -142,14 +146,17 @@ def main(target: Target, name: str, *, mutator: Mutator = mutate) -> int:
     parser = argparse.ArgumentParser(description=f"Fuzzes {name}.")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=time.time_ns() & 0xFFFFFFFF)
-    parser.add_argument("--engine", choices=("mutation", "atheris"), default="mutation")
+    parser.add_argument("--engine", choices=("auto", "mutation", "atheris"), default="auto")
     parser.add_argument("--findings", type=Path, default=Path("fuzz-findings") / name)
     arguments = parser.parse_args()
     warnings.simplefilter("error")
-    if arguments.engine == "atheris":
-        return _atheris(target, name, arguments.seconds)
+    engine = arguments.engine
+    if engine == "auto":
+        engine = "atheris" if importlib.util.find_spec("atheris") else "mutation"
+    seeds = read_corpus(name)
+    if engine == "atheris":
+        return _atheris(target, name, seeds, mutator, arguments)
     try:
-        seeds = read_corpus(name)
         outcomes = run(
             target,
             seeds,
@@ -169,13 +176,51 @@ def main(target: Target, name: str, *, mutator: Mutator = mutate) -> int:
     return 0
 
 
-def _atheris(target: Target, name: str, seconds: float) -> int:
+def _atheris(target: Target, name: str, seeds: Sequence[bytes], mutator: Mutator, arguments: argparse.Namespace) -> int:
+    """Does not come back: libFuzzer ends the process, with another code than 0 after a fault."""
     atheris = importlib.import_module("atheris")
+    accepted = sum("accepted" in target(seed) for seed in seeds)
+    if not accepted:
+        sys.stderr.write(f"{name}: none of {len(seeds)} seeds is accepted: the corpus is out of date\n")
+        return 1
+    functions = list(_our_functions())
+    for function in functions:
+        atheris.instrument_func(function)
+    sys.stdout.write(f"{name}: {accepted} of {len(seeds)} seeds accepted, {len(functions)} functions instrumented\n")
+    sys.stdout.flush()
 
     def once(data: bytes) -> None:
         target(data)
 
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds:.0f}", str(CORPUS / name)], once)
-    atheris.Fuzz()
+    def change(data: bytes, high: int, seed: int) -> bytes:
+        """By turns libFuzzer's own mutation and ours."""
+        if seed % 2:
+            return bytes(atheris.Mutate(data, high))
+        return mutator(data, seeds, random.Random(seed))[:high]  # noqa: S311 - to be repeatable, not secret
+
+    arguments.findings.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as found:
+        options = [
+            f"-max_total_time={arguments.seconds:.0f}",
+            f"-seed={arguments.seed % 0xFFFFFFFF + 1}",
+            f"-max_len={MAX_BYTES}",
+            f"-artifact_prefix={arguments.findings}/",
+        ]
+        atheris.Setup([sys.argv[0], *options, found, str(CORPUS / name)], once, custom_mutator=change)
+        atheris.Fuzz()
     return 0
+
+
+def _our_functions() -> Iterator[FunctionType]:
+    """Every function and method of our packages that is loaded; what is imported from elsewhere counts for no coverage."""
+    seen: set[int] = set()
+    for module in list(sys.modules.values()):
+        if not module.__name__.startswith(("keyreeve_keyserver.", "keyreeve_common.")):
+            continue
+        for value in list(vars(module).values()):
+            for found in (value, *(vars(value).values() if isinstance(value, type) else ())):
+                function = getattr(found, "__func__", getattr(found, "fget", found))
+                ours = isinstance(function, FunctionType) and function.__module__ == module.__name__
+                if ours and id(function) not in seen and not module.__name__.startswith("keyreeve_common.v1"):
+                    seen.add(id(function))
+                    yield function

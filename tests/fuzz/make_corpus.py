@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import ocsp
 from harness import CORPUS
 from keyreeve_common.errors import KeyNotFound, TokenUnavailable
 from keyreeve_common.key_id import KeyId
@@ -13,11 +16,18 @@ from keyreeve_common.purposes import Purpose, build_tls13_content
 from keyreeve_common.schemes import KeyType, SignatureScheme
 from keyreeve_keyserver import frames
 from keyreeve_keyserver.backends import worker_frames as worker
-from keyreeve_testing import tbs
+from keyreeve_testing import statements, tbs, tls12
 
 _ITEM = frames.SignItem(1, KeyId("key-1"), 0x0403, 1, 2000, build_tls13_content(Purpose.TLS13_SERVER_VERIFY, bytes(32)))
 _URI = x509.UniformResourceIdentifier(tbs.URI)
 _SIGN = worker.TokenSignItem("key-1", SignatureScheme.ECDSA_SECP256R1_SHA256, 2000, b"message")
+_OCSP = statements.Ocsp()
+_CRL = statements.Crl()
+_REASON = (x509.CRLReason(x509.ReasonFlags.superseded), False)
+_SINCE = (x509.InvalidityDate(datetime(2026, 1, 1)), False)
+_POINT = x509.IssuingDistributionPoint(
+    [x509.UniformResourceIdentifier("https://a")], None, False, False, None, False, False
+)
 _ADDRESS = x509.IPAddress(ipaddress.ip_address("10.0.0.1"))
 SEEDS: dict[str, dict[str, bytes]] = {
     "frames": {
@@ -49,6 +59,46 @@ SEEDS: dict[str, dict[str, bytes]] = {
         f"{purpose.label}_{length}": build_tls13_content(purpose, bytes(range(length)))
         for purpose in (Purpose.TLS13_SERVER_VERIFY, Purpose.TLS13_CLIENT_VERIFY)
         for length in (32, 48)
+    },
+    "tls12": {
+        **{f"exchange_{curve:04x}": tls12.key_exchange(curve) for curve in (*tls12.CURVES, *tls12.STRINGS)},
+        "transcript": tls12.Transcript().to_bytes(),
+        "transcript_x25519": tls12.Transcript(curve=0x001D, status=b"\x01" + tls12.vector(3, b"ocsp")).to_bytes(),
+        "transcript_bare": tls12.Transcript(
+            client_hello=tls12.hello(tail=b"\x00\x02\xc0\x2b\x01\x00", session=b"", extensions=None), authorities=b""
+        ).to_bytes(),
+        "transcript_other_key": tls12.Transcript(
+            own_certificate=tls12.certificates(statements.authority_certificate().public_bytes(Encoding.DER))
+        ).to_bytes(),
+    },
+    "x509_crl": {
+        "revoked": _CRL.tbs(),
+        "empty": statements.changed(_CRL, serials=()).tbs(),
+        "entries": statements.changed(_CRL, entry_extensions=(_REASON, _SINCE)).tbs(),
+        "point": statements.changed(_CRL, extensions=(*_CRL.extensions, (_POINT, True))).tbs(),
+        "delta": statements.changed(_CRL, extensions=(*_CRL.extensions, (x509.DeltaCRLIndicator(1), True))).tbs(),
+    },
+    "ocsp_response": {
+        name: statements.at_production(response.tbs())
+        for name, response in {
+            "good": _OCSP,
+            "by_name": statements.changed(_OCSP, by_name=True, extensions=()),
+            "unknown": statements.changed(_OCSP, status=ocsp.OCSPCertStatus.UNKNOWN),
+            "revoked": statements.changed(
+                _OCSP,
+                status=ocsp.OCSPCertStatus.REVOKED,
+                revoked_at=tbs.NOW - statements.HOUR,
+                reason=x509.ReasonFlags.key_compromise,
+                algorithm=hashes.SHA256,
+            ),
+        }.items()
+    },
+    "jwt_svid": {
+        "token": statements.token(),
+        "full": statements.token(statements.claims(aud="db", nbf=int(tbs.NOW.timestamp()), iss="https://a", jti="1")),
+        "bare": statements.token(statements.claims(iat=None)),
+        "foreign": statements.token(statements.claims(sub="spiffe://other.test/a")),
+        "late": statements.token(statements.claims(exp=int(tbs.NOW.timestamp()) + 3600)),
     },
     "tbs_certificate": {
         "leaf": tbs.LEAF.tbs(),

@@ -15,7 +15,18 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("path", sorted(HERE.glob("fuzz_*.py")), ids=lambda path: path.stem)
 def test_target_finds_nothing(path: Path, tmp_path: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, str(path), "--seconds", "2", "--seed", "1", "--findings", str(tmp_path)],
+        [
+            sys.executable,
+            str(path),
+            "--engine",
+            "mutation",
+            "--seconds",
+            "2",
+            "--seed",
+            "1",
+            "--findings",
+            str(tmp_path),
+        ],
         capture_output=True,
         text=True,
         check=False,
