@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 BACKDATE = timedelta(minutes=1)
+DAY = timedelta(days=1)
 
 
 def tls_name(spiffe_id: str) -> str:
@@ -52,12 +53,15 @@ class Svid:
 
 
 class TestPki:
-    """One trust domain with a root and one issuing authority (P-256)."""
+    """One trust domain with a root and one issuing authority (P-256); `lives` bounds both, before and after now."""
 
     __test__ = False
 
-    def __init__(self, trust_domain: str = "example.org") -> None:
+    def __init__(
+        self, trust_domain: str = "example.org", *, lives: tuple[timedelta, timedelta] = (DAY, 30 * DAY)
+    ) -> None:
         self.trust_domain = trust_domain
+        self._lives = lives
         self.root_key = ec.generate_private_key(ec.SECP256R1())
         self.issuing_key = ec.generate_private_key(ec.SECP256R1())
         self._root_name = _name(f"{trust_domain} root")
@@ -106,12 +110,14 @@ class TestPki:
         certificate = self.leaf(self.spiffe_id(path), key.public_key(), ca=True, signer="root")
         return Svid(self.spiffe_id(path), (certificate,), key)
 
-    def svid_for_csr(self, csr_der: bytes, spiffe_id: str, *, not_after: datetime | None = None) -> list[bytes]:
+    def svid_for_csr(
+        self, csr_der: bytes, spiffe_id: str, *, not_before: datetime | None = None, not_after: datetime | None = None
+    ) -> list[bytes]:
         """The chain (DER, leaf first) that answers a CSR, with `spiffe_id` whatever the CSR says."""
         csr = x509.load_der_x509_csr(csr_der)
         if not csr.is_signature_valid:
             raise AssertionError("CSR is not signed by its own key")
-        leaf = self.leaf(spiffe_id, csr.public_key(), not_after=not_after, ca=False)
+        leaf = self.leaf(spiffe_id, csr.public_key(), not_before=not_before, not_after=not_after, ca=False)
         return [leaf.public_bytes(Encoding.DER), self.issuing.public_bytes(Encoding.DER)]
 
     def leaf(
@@ -157,7 +163,7 @@ class TestPki:
         now = datetime.now(UTC)
         trust_domain_id = x509.UniformResourceIdentifier(f"spiffe://{self.trust_domain}")
         builder = (
-            _builder(name, issuer, key.public_key(), now - timedelta(days=1), now + timedelta(days=30))
+            _builder(name, issuer, key.public_key(), now - self._lives[0], now + self._lives[1])
             .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
             .add_extension(_key_usage(ca=True, sign=False), critical=True)
             .add_extension(x509.SubjectAlternativeName([trust_domain_id]), critical=False)
