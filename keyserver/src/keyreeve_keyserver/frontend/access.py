@@ -89,6 +89,12 @@ class Access:
         found = self._grants.get(holder, _NO_GRANTS).get(key_id)
         return authorize_holder(facts, found[0] if found else None, purpose, now)
 
+    def require_admitted(self, caller: str, now: datetime) -> None:
+        """What holds for all requests of a caller alike, looked at once for a batch. Raises: Unavailable, Quarantined."""
+        self.require_fresh()
+        if caller != LOCAL and (quarantine := self._quarantines.get(caller)) is not None:
+            quarantine[0].check(now)
+
     def require_fresh(self) -> None:
         """Raises: Unavailable."""
         if not self.is_fresh:

@@ -72,7 +72,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         peer = current_peer()
         item = None
         try:
-            self.access.require_fresh()
+            self.access.require_admitted(peer.name, self.clock())
             item = self.judge(peer.name, 0, request, self._deadline_ms(context.time_remaining()), self.clock())
             result = await self._sign_one(peer, item)
         except KeyreeveError as error:
@@ -235,7 +235,7 @@ class _Stream:
             self.release()
             return
         try:
-            service.access.require_fresh()
+            service.access.require_admitted(caller, now)
             self._check_ids([request.id for request in requests])
         except KeyreeveError as error:
             self._refuse_all(requests, error)

@@ -29,7 +29,7 @@ class OpenAccess:
     generation = 0
     is_fresh = True
 
-    def require_fresh(self) -> None:
+    def require_admitted(self, caller: str, now: datetime) -> None:
         return
 
     def authorize(self, holder: str, key_id: str, purpose: int, now: datetime) -> None:
