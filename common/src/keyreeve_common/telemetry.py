@@ -43,6 +43,16 @@ def configure_logging(service: str, *, level: int = logging.INFO, stream: TextIO
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     _LOGGER.setLevel(level)
+    os.environ.setdefault(
+        "GRPC_VERBOSITY", "NONE"
+    )  # gRPC's core writes lines of its own form, which no log parser takes
+    sys.unraisablehook = _log_unraisable
+
+
+def _log_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """What Python could not raise (in a destructor, say) becomes a line like any other; its text may hold anything, so only its kind stands there."""
+    where = getattr(unraisable.object, "__qualname__", type(unraisable.object).__name__)
+    log_warning("exception_ignored", kind=unraisable.exc_type.__name__, where=str(where)[:128])
 
 
 def log(event: str, **fields: Field) -> None:

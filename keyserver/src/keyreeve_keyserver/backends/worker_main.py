@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from keyreeve_common.errors import MalformedFrame
+from keyreeve_common.telemetry import configure_logging
 
 from keyreeve_keyserver.backends import worker_frames as frames
 from keyreeve_keyserver.backends.launch import MAX_START_BYTES, WorkerStart, parse_worker_start
@@ -28,6 +29,7 @@ def run_worker(begin: Callable[[WorkerStart], Answering]) -> int:
     forbid_tracing()
     forbid_new_privileges()
     os.umask(0o077)
+    configure_logging("worker")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(int(sys.argv[3]))
     with socket.socket(fileno=int(sys.argv[1])) as connection:
