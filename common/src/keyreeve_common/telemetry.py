@@ -50,7 +50,7 @@ def configure_logging(service: str, *, level: int = logging.INFO, stream: TextIO
 
 
 def _log_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """What Python could not raise (in a destructor, say) becomes a line like any other; its text may hold anything, so only its kind stands there."""
+    """What Python could not raise (in a destructor, say) becomes a line like any other, without its text, which may hold anything."""
     where = getattr(unraisable.object, "__qualname__", type(unraisable.object).__name__)
     log_warning("exception_ignored", kind=unraisable.exc_type.__name__, where=str(where)[:128])
 
