@@ -21,6 +21,9 @@ class Pkcs11Settings:
     """`token` names the token, its module and the file of its PIN. `softhsm_conf`, for SoftHSM only, goes into the environment of the worker."""
 
     token: Pkcs11Uri
+    custody: Custody = Custody.TOKEN_RESIDENT
+    wrapping_key_label: str = "keyreeve-wrapping"
+    loaded_keys: int = 64
     workers: int = 2
     policy: PoolPolicy = field(default_factory=PoolPolicy)
     softhsm_conf: Path | None = None
@@ -31,11 +34,15 @@ class Pkcs11Backend(WorkerBackend):
         opens: JsonObject = {
             "module": str(settings.token.module_path or ""),
             "token": str(settings.token.selector),
+            "custody": settings.custody.value,
+            "wrapping_key_label": settings.wrapping_key_label,
+            "loaded_keys": settings.loaded_keys,
             "softhsm_conf": str(settings.softhsm_conf or ""),
         }
         super().__init__(
             WorkerSpec(name, PROGRAM, opens, {"pin_file": Path(settings.token.pin_source or "")}),
-            custody=Custody.TOKEN_RESIDENT,
+            custody=settings.custody,
+            loads_wrapped=True,
             workers=settings.workers,
             policy=settings.policy,
         )

@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,9 @@ from pkcs11 import exceptions as p11
 from keyreeve_keyserver.backends import pkcs11_mechanisms as mechanisms
 from keyreeve_keyserver.backends.pkcs11_errors import SESSION_LOST, error_of
 from keyreeve_keyserver.backends.pkcs11_slots import find_token
+from keyreeve_keyserver.backends.pkcs11_wrapped import WrappedKeys
 from keyreeve_keyserver.backends.worker_frames import Box, TokenSignItem
+from keyreeve_keyserver.domain.keys import Custody
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import JsonObject
 
@@ -49,12 +51,16 @@ _SOFTHSM_TRIES = 8
 class TokenSettings:
     """What the signer's configuration says of the token; paths as text, `softhsm_conf` empty where it is no SoftHSM.
 
-    `token` is a PKCS#11 URI that says which token of the module is meant.
+    `token` is a PKCS#11 URI that says which token of the module is meant. `custody` is where new keys rest. Wrapped ones are wrapped
+    under the AES key of label `wrapping_key_label`, and at most `loaded_keys` of them are in the token for this worker.
     """
 
     module: str
     token: str
     softhsm_conf: str
+    custody: str = Custody.TOKEN_RESIDENT.value
+    wrapping_key_label: str = "keyreeve-wrapping"
+    loaded_keys: int = 64
 
 
 class Token:
@@ -69,22 +75,41 @@ class Token:
         self._label = str(self._token.label)
         self._session = self._log_in()
         self._mechanisms = set(self._guarded("reading the token's mechanisms", self._token.slot.get_mechanisms))
+        self._wrapped = WrappedKeys(
+            lambda: self._session,
+            lambda key_type, template: self._generate(key_type, template, {Attribute.TOKEN: False}, store=False),
+            offered=self._mechanisms,
+            label=settings.wrapping_key_label,
+            capacity=settings.loaded_keys,
+        )
+        self._wraps = settings.custody == Custody.TOKEN_WRAPPED
 
     def describe(self) -> JsonObject:
         return {
-            "key_types": [key_type.value for key_type in mechanisms.key_types_offered(self._mechanisms)],
+            "key_types": [key_type.value for key_type in self._key_types()],
             "schemes": [int(scheme) for scheme in mechanisms.schemes_offered(self._mechanisms)],
         }
+
+    def _key_types(self) -> Iterator[KeyType]:
+        for key_type in mechanisms.key_types_offered(self._mechanisms):
+            # Many tokens wrap no Edwards keys, whatever mechanisms they list: only a trial tells. It is quick, other than with RSA.
+            if self._wraps and key_type is KeyType.ED25519 and not self._wrapped.can_wrap(key_type):
+                continue
+            yield key_type
 
     def create(self, ref: str, label: str, key_type: KeyType) -> JsonObject:
         """A key pair born in the token, and what the token says of it. A label stands for one key.
 
         Raises: Conflict, FailedPrecondition, KeyTypeNotSupported, StorageFull.
         """
+        if self._wraps:
+            return self._create_wrapped(key_type)
         if self._objects({Attribute.LABEL: label}) or self._objects({Attribute.ID: ref.encode("ascii")}):
             raise Conflict("the token holds a key with this id already")
         public_key, private_key = self._guarded(
-            "creating a key", lambda: self._generate(ref, label, key_type), stores=True
+            "creating a key",
+            lambda: self._generate(key_type, mechanisms.private_template(), mechanisms.public_template(), ref, label),
+            stores=True,
         )
         try:
             attributes = self._attributes(private_key)
@@ -97,6 +122,11 @@ class Token:
             raise error if isinstance(error, KeyreeveError) else error_of(error, "reading the new key") from None
         return {"spki_der": spki_der.hex(), "attributes": attributes}
 
+    def _create_wrapped(self, key_type: KeyType) -> JsonObject:
+        spki_der, blob, said = self._retried("creating a wrapped key", lambda: self._wrapped.create(key_type))
+        attributes = {"token": self._label, "object_label": "", **said}
+        return {"spki_der": spki_der.hex(), "attributes": attributes, "wrapped": blob.hex()}
+
     def ping(self) -> None:
         """A cheap call through the session, which finds a lost one. Raises: TokenUnavailable, TokenPinIncorrect."""
         self._retried("asking for a sign of life", self._random_or_info)
@@ -108,13 +138,15 @@ class Token:
         except (p11.RandomNoRNG, p11.FunctionNotSupported):
             self._token.slot.get_token()
 
-    def find(self, ref: str) -> None:
-        """Raises: KeyNotFound."""
+    def find(self, ref: str, wrapped: bytes = b"") -> None:
+        """Raises: KeyNotFound, SealedRecordInvalid."""
         self._keys.pop(ref, None)
-        self._retried("finding the key", lambda: self._private_key(ref))
+        self._wrapped.drop(ref)
+        self._retried("finding the key", lambda: self._private_key(ref, wrapped))
 
     def destroy(self, ref: str) -> None:
         self._keys.pop(ref, None)
+        self._retried("destroying the key", lambda: self._wrapped.drop(ref))
         for found in self._objects({Attribute.ID: ref.encode("ascii")}):
             self._guarded("destroying the key", found.destroy)
 
@@ -130,7 +162,9 @@ class Token:
         data = make_input(item.scheme, item.message)
         raw = self._retried(
             "signing",
-            lambda: self._private_key(item.ref).sign(data, mechanism=how.mechanism, mechanism_param=how.parameter),
+            lambda: self._private_key(item.ref, item.wrapped).sign(
+                data, mechanism=how.mechanism, mechanism_param=how.parameter
+            ),
         )
         return mechanisms.signature_der(item.scheme, bytes(raw))
 
@@ -167,14 +201,23 @@ class Token:
             stores=True,
         )
 
-    def _generate(self, ref: str, label: str, key_type: KeyType) -> tuple[Any, Any]:
+    def _generate(
+        self,
+        key_type: KeyType,
+        private_template: dict[Attribute, Any],
+        public_template: dict[Attribute, Any],
+        ref: str = "",
+        label: str = "",
+        *,
+        store: bool = True,
+    ) -> tuple[Any, Any]:
         how = mechanisms.GENERATIONS[key_type]
         common = {
-            "id": ref.encode("ascii"),
-            "label": label,
-            "store": True,
-            "public_template": mechanisms.public_template(),
-            "private_template": mechanisms.private_template(),
+            "id": ref.encode("ascii") or None,
+            "label": label or None,
+            "store": store,
+            "public_template": {**mechanisms.public_template(), **public_template},
+            "private_template": private_template,
         }
         if how.bits:
             pair: tuple[Any, Any] = self._session.generate_keypair(
@@ -209,7 +252,9 @@ class Token:
     def _objects(self, wanted: dict[Attribute, Any]) -> list[Any]:
         return self._retried("finding the key", lambda: list(self._session.get_objects(wanted)))
 
-    def _private_key(self, ref: str) -> Any:
+    def _private_key(self, ref: str, wrapped: bytes) -> Any:
+        if wrapped:
+            return self._wrapped.key(ref, wrapped)
         key = self._keys.get(ref)
         if key is None:
             key = self._session.get_key(object_class=ObjectClass.PRIVATE_KEY, id=ref.encode("ascii"))
@@ -224,6 +269,7 @@ class Token:
             raise
         except SESSION_LOST:
             self._keys.clear()
+            self._wrapped.clear()
             with suppress(p11.PKCS11Error):
                 self._session.close()
             self._session = self._log_in()

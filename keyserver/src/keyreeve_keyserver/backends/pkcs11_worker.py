@@ -48,7 +48,7 @@ class Worker:
         if isinstance(question, frames.Ping):
             token.ping()
         elif isinstance(question, frames.Find):
-            token.find(question.ref)
+            token.find(question.ref, question.wrapped)
         else:
             token.destroy(question.ref)
         return frames.Done({})

@@ -9,6 +9,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import cast
 
@@ -42,9 +43,19 @@ from keyreeve_keyserver.backends.ports import (
 from keyreeve_keyserver.backends.worker_pool import PoolPolicy, WorkerPool
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
+from keyreeve_keyserver.domain.wrapped_key import MAX_BLOB_BYTES
 
 _CHUNKS = {KeyFamily.EC_P256: 16, KeyFamily.EC_P384: 16, KeyFamily.ED25519: 16, KeyFamily.RSA: 4}
 _REF_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """`ref` stands in one sealed record only. `public_key` is there where results are verified, `wrapped` for a key outside the token."""
+
+    ref: str
+    public_key: PublicKeyTypes | None
+    wrapped: bytes = field(repr=False)
 
 
 class WorkerBackend:
@@ -62,6 +73,7 @@ class WorkerBackend:
         policy: PoolPolicy,
         ref_form: str = "{}",
         verifies_all: bool = False,
+        loads_wrapped: bool = False,
     ) -> None:
         self.worker = worker
         self._name = worker.backend
@@ -70,7 +82,9 @@ class WorkerBackend:
         self._policy = policy
         self._ref_form = ref_form
         self._verifies_all = verifies_all
-        self._loaded: dict[KeyId, PublicKeyTypes | None] = {}
+        self._loads_wrapped = loads_wrapped
+        self._first_wrapped = asyncio.Lock()
+        self._loaded: dict[KeyId, _Loaded] = {}
         self._launcher: LauncherLink | None = None
         self._started: WorkerPool | None = None
 
@@ -125,23 +139,31 @@ class WorkerBackend:
         # Key ids are the front end's to choose; the reference is ours and never comes back, so that the record of a destroyed key
         # cannot be loaded over a later key of the same id.
         ref = self._ref_form.format(secrets.token_hex(_REF_BYTES))
-        answer = await self._done(frames.Create(ref, key_id, key_type))
+        if self._custody is Custody.TOKEN_WRAPPED:
+            async with self._first_wrapped:  # two workers must not both make the wrapping key
+                answer = await self._done(frames.Create(ref, key_id, key_type))
+        else:
+            answer = await self._done(frames.Create(ref, key_id, key_type))
         try:
+            wrapped = bytes.fromhex(cast("str", answer.get("wrapped", "")))
             spki_der = bytes.fromhex(cast("str", answer["spki_der"]))
             attributes = dict(cast("dict[str, str | bool]", answer["attributes"]))
         except (KeyError, ValueError, TypeError):
             raise Internal("the worker's answer to a creation cannot be read") from None
-        return CreatedKey(spki_der, ref, None, attributes)
+        return CreatedKey(spki_der, ref, Secret(wrapped) if wrapped else None, attributes)
 
     async def load(self, record: KeyRecord, secret: Secret | None) -> None:
-        if secret:
+        if secret and not self._loads_wrapped:
             raise SealedRecordInvalid("record of a token key holds a software key")
-        found = await self._done(frames.Find(record.backend_ref))
+        wrapped = secret.reveal() if secret else b""
+        if len(wrapped) > MAX_BLOB_BYTES:
+            raise SealedRecordInvalid("record of a token key holds what is no wrapped key")
+        found = await self._done(frames.Find(record.backend_ref, wrapped))
         if found.get("spki_der", record.spki_der.hex()) != record.spki_der.hex():
             raise SealedRecordInvalid("the key that is found under the record's reference is not the record's")
         public_key = load_der_public_key(record.spki_der)
         verified = self._verifies_all or isinstance(public_key, rsa.RSAPublicKey)
-        self._loaded[record.key_id] = public_key if verified else None
+        self._loaded[record.key_id] = _Loaded(record.backend_ref, public_key if verified else None, wrapped)
 
     def forget(self, key_id: KeyId) -> None:
         self._loaded.pop(key_id, None)
@@ -149,6 +171,8 @@ class WorkerBackend:
     async def destroy(self, record: KeyRecord) -> None:
         self.forget(record.key_id)
         await self._done(frames.Destroy(record.backend_ref))
+        if self._loads_wrapped:
+            await self._pool.tell_all(frames.Destroy(record.backend_ref), within=2 * self._policy.call_timeout)
 
     async def sign(self, requests: Sequence[SignRequest]) -> list[SignOutcome]:
         outcomes: list[SignOutcome] = [KeyNotFound() for _ in requests]
@@ -158,7 +182,7 @@ class WorkerBackend:
     def _chunks(self, requests: Sequence[SignRequest]) -> list[list[tuple[int, SignRequest]]]:
         lanes: dict[Hashable, list[tuple[int, SignRequest]]] = {}
         for index, request in enumerate(requests):
-            if request.record.key_id in self._loaded:
+            if self._loaded_by(request) is not None:
                 lanes.setdefault(self._lane_of(request), []).append((index, request))
         return [
             lane[at : at + size]
@@ -171,6 +195,16 @@ class WorkerBackend:
         """Requests of one lane go to one worker in one question; all of a lane are of one key family."""
         return request.record.key_type.family
 
+    def _loaded_by(self, request: SignRequest) -> _Loaded | None:
+        """The key, if it is the one of the record that the request was judged by."""
+        loaded = self._loaded.get(request.record.key_id)
+        return loaded if loaded is not None and loaded.ref == request.record.backend_ref else None
+
+    def _wrapped_of(self, request: SignRequest) -> bytes:
+        """Nothing for a key that rests in the token, or was forgotten meanwhile: then the worker does not find it either."""
+        loaded = self._loaded_by(request)
+        return loaded.wrapped if loaded is not None else b""
+
     async def _sign_chunk(self, chunk: list[tuple[int, SignRequest]], outcomes: list[SignOutcome]) -> None:
         now = time.monotonic()
         left = [max(request.deadline - now, 0) for _, request in chunk]
@@ -182,6 +216,7 @@ class WorkerBackend:
                     int(seconds * 1000),
                     request.message,
                     prehashed=request.prehashed,
+                    wrapped=self._wrapped_of(request),
                 )
                 for (_, request), seconds in zip(chunk, left, strict=True)
             )
@@ -201,9 +236,10 @@ class WorkerBackend:
         """RSA results are verified before release, and all of a service; a key that was forgotten meanwhile releases nothing."""
         if isinstance(outcome, KeyreeveError):
             return outcome
-        if request.record.key_id not in self._loaded:
+        loaded = self._loaded_by(request)
+        if loaded is None:
             return KeyNotFound()
-        public_key = self._loaded[request.record.key_id]
+        public_key = loaded.public_key
         if public_key is None:
             return outcome
         try:

@@ -17,6 +17,7 @@ from keyreeve_common.schemes import KeyType, SignatureScheme
 from keyreeve_common.wire import FrameSplitter, Reader, ascii_text, bytes8, bytes16, bytes32, u16, u32
 
 from keyreeve_keyserver.domain.keys import canonical_json
+from keyreeve_keyserver.domain.wrapped_key import MAX_BLOB_BYTES
 from keyreeve_keyserver.frames import MAX_SIGNATURE_BYTES, JsonObject, parse_json_object
 
 _T = TypeVar("_T")
@@ -53,10 +54,13 @@ class Create:
 
 @dataclass(frozen=True, slots=True)
 class Find:
+    """`wrapped` is the key itself, as its token wrapped it (`domain/wrapped_key.py`); empty for a key that rests in the token."""
+
     ref: str
+    wrapped: bytes = field(default=b"", repr=False)
 
     def to_bytes(self) -> bytes:
-        return _frame(FIND, bytes8(self.ref.encode("ascii")))
+        return _frame(FIND, bytes8(self.ref.encode("ascii")) + bytes16(self.wrapped))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +73,14 @@ class Destroy:
 
 @dataclass(frozen=True, slots=True)
 class TokenSignItem:
+    """`wrapped` goes with every item of a wrapped key: any worker can sign it, and a worker that has let it go needs no second question."""
+
     ref: str
     scheme: SignatureScheme
     deadline_ms: int
     message: bytes = field(repr=False)
     prehashed: bool = False  # `message` is a digest by the scheme's hash
+    wrapped: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,7 @@ class TokenSign:
             + u16(item.scheme)
             + u32(item.deadline_ms)
             + bytes((item.prehashed,))
+            + bytes16(item.wrapped)
             + bytes32(item.message)
             for item in self.items
         )
@@ -203,8 +211,9 @@ def _read_item(reader: Reader) -> TokenSignItem:
     deadline_ms, prehashed = reader.u32("deadline_ms"), reader.u8("prehashed")
     if prehashed > 1:
         raise MalformedFrame("prehashed is neither 0 nor 1")
+    wrapped = _wrapped(reader)
     message = reader.bytes32("message", high=MAX_MESSAGE_BYTES)
-    return TokenSignItem(ref, known, deadline_ms, message, prehashed=bool(prehashed))
+    return TokenSignItem(ref, known, deadline_ms, message, prehashed=bool(prehashed), wrapped=wrapped)
 
 
 def _read_box(reader: Reader, *, decrypt: bool) -> Box:
@@ -248,6 +257,10 @@ def _count(reader: Reader) -> int:
     return count
 
 
+def _wrapped(reader: Reader) -> bytes:
+    return reader.bytes16("wrapped", high=MAX_BLOB_BYTES)
+
+
 def _ref(reader: Reader) -> str:
     text = ascii_text(reader.bytes8("ref", low=1, high=MAX_KEY_ID_BYTES), "ref")
     try:
@@ -263,7 +276,7 @@ def _frame(kind: int, body: bytes) -> bytes:
 _QUESTIONS: dict[int, Callable[[Reader], Question]] = {
     OPEN: lambda _: Open(),
     CREATE: _read_create,
-    FIND: lambda reader: Find(_ref(reader)),
+    FIND: lambda reader: Find(_ref(reader), _wrapped(reader)),
     DESTROY: lambda reader: Destroy(_ref(reader)),
     SIGN: _read_sign,
     ENCRYPT: lambda reader: _read_box(reader, decrypt=False),

@@ -49,7 +49,9 @@ class WorkerGuard:
             raise refusal or TokenUnavailable(f"backend {self._name} is being tried by another request")
         return ticket
 
-    def answered(self, ticket: Ticket, answer: frames.Answer) -> None:
+    def answered(self, ticket: Ticket | None, answer: frames.Answer) -> None:
+        if ticket is None:
+            return
         outcomes = answer.outcomes if isinstance(answer, frames.TokenSigned) else (answer,)
         errors = [_error(outcome) for outcome in outcomes]
         if all(isinstance(error, DeadlineExceeded) for error in errors):
@@ -59,7 +61,9 @@ class WorkerGuard:
         else:
             self.failed(ticket, errors[-1] or TokenUnavailable("token unavailable"))
 
-    def failed(self, ticket: Ticket, error: KeyreeveError) -> None:
+    def failed(self, ticket: Ticket | None, error: KeyreeveError) -> None:
+        if ticket is None:
+            return
         before = self._breaker.state
         self._last = error.detail
         self._breaker.failed(ticket, self._clock())
@@ -67,9 +71,10 @@ class WorkerGuard:
             pause = self._breaker.retry_after(self._clock()).total_seconds()
             log_warning("breaker_opened", backend=self._name, error=str(error), retry_after_s=round(pause, 3))
 
-    def abandoned(self, ticket: Ticket) -> None:
+    def abandoned(self, ticket: Ticket | None) -> None:
         """The question was given up before a worker had it."""
-        self._breaker.abandoned(ticket)
+        if ticket is not None:
+            self._breaker.abandoned(ticket)
 
     def hurry(self) -> None:
         """Workers can be had again: the next question may go through."""

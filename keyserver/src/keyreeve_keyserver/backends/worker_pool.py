@@ -57,7 +57,7 @@ class PoolPolicy:
 class _Job:
     question: frames.Question
     answer: asyncio.Future[frames.Answer]
-    ticket: Ticket
+    ticket: Ticket | None  # an errand has none: see tell_all
     attempts: int = field(default=0)
 
 
@@ -75,6 +75,7 @@ class WorkerPool:
         self._wakeup = asyncio.Condition()
         self._slots: list[asyncio.Task[None]] = []
         self._processes: dict[int, WorkerProcess] = {}
+        self._errands: dict[int, deque[_Job]] = {index: deque() for index in range(workers)}
         self._fault: KeyreeveError | None = None
         self.description: JsonObject = {}
 
@@ -116,6 +117,7 @@ class WorkerPool:
         self._slots = [
             asyncio.create_task(self._run_slot(index, first if index == 0 else None)) for index in range(self._size)
         ]
+        await asyncio.sleep(0)  # a task that is cancelled before it begins would never end the worker that it was given
 
     async def close(self) -> None:
         for slot in self._slots:
@@ -144,6 +146,24 @@ class WorkerPool:
             raise answer.error
         return answer
 
+    async def tell_all(self, question: frames.Question, *, within: timedelta) -> None:
+        """Puts a question to every worker that is open now; one that ends meanwhile has nothing left to be told. Raises: TokenUnavailable."""
+        waiting: list[asyncio.Future[frames.Answer]] = []
+        for index in self._processes:
+            job = _Job(question, asyncio.get_running_loop().create_future(), None)
+            self._errands[index].append(job)
+            waiting.append(job.answer)
+        async with self._wakeup:
+            self._wakeup.notify_all()
+        try:
+            async with asyncio.timeout(within.total_seconds()):
+                answers = await asyncio.gather(*waiting)
+        except TimeoutError:
+            raise TokenUnavailable("a worker did not answer in time") from None
+        for answer in answers:
+            if isinstance(answer, frames.Failed):
+                raise answer.error
+
     async def _run_slot(self, index: int, process: WorkerProcess | None) -> None:
         """Keeps one worker alive and busy."""
         pause, again = _FIRST_PAUSE, False
@@ -160,9 +180,10 @@ class WorkerPool:
                 pause = _FIRST_PAUSE
                 self._processes[index] = process
                 self._came_up()
-                await self._work(process)
+                await self._work(index, process)
                 log_warning("worker_lost", backend=self._name, pid=process.pid)
                 del self._processes[index]
+                self._end_errands(index)
                 process.end()
                 process = None
         except TokenPinIncorrect as error:
@@ -172,6 +193,7 @@ class WorkerPool:
             self._fail(TokenUnavailable("the pool of workers met a fault of ours: see the signer's log"))
         finally:
             self._processes.pop(index, None)
+            self._end_errands(index)
             if process is not None:
                 process.end()
 
@@ -222,14 +244,23 @@ class WorkerPool:
         log("worker_open", backend=self._name, pid=process.pid)
         return process
 
-    async def _work(self, process: WorkerProcess) -> None:
+    def _end_errands(self, index: int) -> None:
+        """The worker is gone, and what it held with it."""
+        while self._errands[index]:
+            job = self._errands[index].popleft()
+            if not job.answer.done():
+                job.answer.set_result(frames.Done({}))
+
+    async def _work(self, index: int, process: WorkerProcess) -> None:
         """Puts questions to this worker until it is lost. Raises: TokenPinIncorrect where it lost its session and could not log in anew."""
         while True:
-            job = await self._next_job()
+            job = await self._next_job(self._errands[index])
             if job is None:
                 if not await self._lives(process):
                     return
                 continue
+            if job.ticket is None:
+                self._errands[index].appendleft(job)  # so that it ends with the worker if it does not come to an answer
             if job.answer.done():
                 self._guard.abandoned(job.ticket)
                 continue
@@ -245,6 +276,8 @@ class WorkerPool:
             except asyncio.CancelledError:
                 _refuse(job, TokenUnavailable("the signer is stopping"))
                 raise
+            if job.ticket is None:
+                self._errands[index].remove(job)
             self._guard.answered(job.ticket, answer)
             if not job.answer.done():
                 job.answer.set_result(answer)
@@ -267,15 +300,15 @@ class WorkerPool:
             return False
         return True
 
-    async def _next_job(self) -> _Job | None:
-        """The next question, or None when none came for as long as a worker may idle."""
+    async def _next_job(self, errands: deque[_Job]) -> _Job | None:
+        """The next question, this worker's errands first, or None when none came for as long as a worker may idle."""
         async with self._wakeup:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._policy.keepalive.total_seconds() or None):
-                    while not self._jobs:
+                    while not self._jobs and not errands:
                         await self._wakeup.wait()
             # Also after a time-out: a wake-up that came at the same moment went to this worker alone.
-            return self._jobs.popleft() if self._jobs else None
+            return next((queue.popleft() for queue in (errands, self._jobs) if queue), None)
 
     def _refuse_while_open(self) -> None:
         """What waits when the breaker opens is refused at once: its callers have other replicas."""
@@ -284,7 +317,7 @@ class WorkerPool:
             self._drop_waiting(refusal)
 
     def _put_back(self, job: _Job, error: WorkerGone) -> None:
-        if job.answer.done():
+        if job.answer.done() or job.ticket is None:
             return
         if isinstance(job.question, frames.Create) or job.attempts >= _ATTEMPTS:
             _refuse(job, TokenUnavailable(error.detail))

@@ -50,6 +50,7 @@ class Custody(StrEnum):
     """Where the private half rests."""
 
     TOKEN_RESIDENT = "token-resident"  # noqa: S105 - a place, not a secret
+    TOKEN_WRAPPED = "token-wrapped"  # noqa: S105 - a place, not a secret
     SEALED_SOFTWARE = "sealed-software"
     VAULT_TRANSIT = "vault-transit"
 

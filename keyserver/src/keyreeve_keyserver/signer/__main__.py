@@ -30,8 +30,9 @@ from keyreeve_keyserver.backends.vault_backend import VaultBackend
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
 from keyreeve_keyserver.backends.worker_pool import PoolPolicy
 from keyreeve_keyserver.domain.breaker import BreakerPolicy
+from keyreeve_keyserver.domain.keys import Custody
 from keyreeve_keyserver.signer.approvals import load_approvals
-from keyreeve_keyserver.signer.config import BackendConfig, BackendKind, SignerConfig
+from keyreeve_keyserver.signer.config import BackendConfig, BackendKind, KeyCustody, SignerConfig
 from keyreeve_keyserver.signer.controls import ControlService
 from keyreeve_keyserver.signer.metrics import SignerMetrics
 from keyreeve_keyserver.signer.sealing import (
@@ -45,6 +46,7 @@ from keyreeve_keyserver.signer.sealing import (
 from keyreeve_keyserver.signer.server import Server
 from keyreeve_keyserver.signer.service import KeyTable, SigningService
 
+_CUSTODIES = {KeyCustody.RESIDENT: Custody.TOKEN_RESIDENT, KeyCustody.WRAPPED: Custody.TOKEN_WRAPPED}
 EXIT_CONFIG = 78
 EXIT_PIN = 77
 
@@ -166,6 +168,9 @@ def _backend(config: BackendConfig) -> Backend:
         config.name,
         Pkcs11Settings(
             token=config.token(),
+            custody=_CUSTODIES[config.custody],
+            wrapping_key_label=config.wrapping_key_label,
+            loaded_keys=config.loaded_keys,
             workers=config.workers or 2,
             policy=_pool_policy(config),
             softhsm_conf=config.softhsm_conf,

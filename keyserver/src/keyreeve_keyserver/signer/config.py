@@ -66,6 +66,13 @@ class SealingConfig:
         return self.kdf_file or self.passphrase_file.with_name(self.passphrase_file.name + ".kdf")
 
 
+class KeyCustody(StrEnum):
+    """Where a token's new keys rest: in the token, or outside it, wrapped by it."""
+
+    RESIDENT = "resident"
+    WRAPPED = "wrapped"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransitConfig(VaultConfig):
     """`key_prefix` begins the names of the Transit keys that Keyreeve makes. Keys that exist keep their names when it is changed."""
@@ -96,6 +103,9 @@ class BackendConfig:
     token_label: str | None = None
     pin_file: Path | None = None
     softhsm_conf: Path | None = None
+    custody: KeyCustody = KeyCustody.RESIDENT
+    wrapping_key_label: str = "keyreeve-wrapping"
+    loaded_keys: int = 64
     workers: int = 0
     call_timeout: timedelta = timedelta(seconds=30)
     sign_timeout: timedelta = timedelta(seconds=10)
@@ -114,6 +124,12 @@ class BackendConfig:
         _require(self.call_timeout >= timedelta(milliseconds=100), "call_timeout is below 100ms")
         _require(self.sign_timeout >= timedelta(milliseconds=100), "sign_timeout is below 100ms")
         _require(not timedelta(0) < self.keepalive < timedelta(seconds=1), "keepalive is below 1s, and not 0s (off)")
+        _check_name(self.wrapping_key_label, "wrapping_key_label")
+        _require(1 <= self.loaded_keys <= 100_000, "loaded_keys is not 1 to 100000")
+        _require(
+            self.kind is BackendKind.PKCS11 or self.custody is KeyCustody.RESIDENT,
+            f"backend {self.name}: custody is for kind pkcs11 only",
+        )
         _require(1 <= self.breaker_faults <= 1000, "breaker_faults is not 1 to 1000")
         _require(self.breaker_pause >= timedelta(milliseconds=100), "breaker_pause is below 100ms")
         if self.kind is BackendKind.PKCS11:

@@ -14,12 +14,18 @@ from keyreeve_keyserver.backends import worker_frames as frames
 REFS = st.text("abc019-", min_size=1, max_size=64)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=40)
 ITEMS = st.builds(
-    frames.TokenSignItem, REFS, st.sampled_from(SignatureScheme), st.integers(0, 0xFFFFFFFF), st.binary(max_size=200)
+    frames.TokenSignItem,
+    REFS,
+    st.sampled_from(SignatureScheme),
+    st.integers(0, 0xFFFFFFFF),
+    st.binary(max_size=200),
+    prehashed=st.booleans(),
+    wrapped=st.binary(max_size=99),
 )
 QUESTIONS = st.one_of(
     st.just(frames.Open()),
     st.builds(frames.Create, REFS, REFS, st.sampled_from(KeyType)),
-    st.builds(frames.Find, REFS),
+    st.builds(frames.Find, REFS, st.binary(max_size=99)),
     st.builds(frames.Destroy, REFS),
     st.just(frames.Ping()),
     st.builds(frames.TokenSign, st.lists(ITEMS, min_size=1, max_size=5).map(tuple)),
