@@ -26,6 +26,7 @@ from keyreeve_ca.service import Ca
 from keyreeve_ca.signers.key_cluster import GrpcKeyCluster, remote_replica
 from keyreeve_ca.signers.local import ThrowAwayKeys
 from keyreeve_ca.store.sql_store import SqlStore
+from keyreeve_ca.upstream import open_upstream
 
 EX_CONFIG = 78
 WORKERS = 32  # a few may wait for a key cluster that is away
@@ -71,7 +72,7 @@ async def serve(config: CaConfig) -> None:
     store = SqlStore.open(config.database_url(), busy_timeout=config.database.busy_timeout)
     addresses = config.key_cluster.addresses
     cluster = GrpcKeyCluster([remote_replica(each, config.svid_files, config.key_server_id) for each in addresses])
-    ca = Ca(config.policy(), store, cluster, utc_now, _entropy, ThrowAwayKeys())
+    ca = Ca(config.policy(), store, cluster, utc_now, _entropy, ThrowAwayKeys(), open_upstream(config.upstream))
     own = OwnSvid(ca, config.svid_files)
     try:
         await asyncio.to_thread(_check_initialised, store, ca, own)

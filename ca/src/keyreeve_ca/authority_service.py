@@ -41,15 +41,19 @@ from keyreeve_ca.domain.issuance import (
 from keyreeve_ca.domain.records import SvidRecord, SvidState
 from keyreeve_ca.domain.svid_lint import check_authority
 from keyreeve_ca.service import Ca, sign_as
+from keyreeve_ca.upstream_service import certify_by_upstream, with_upstream_root
 
 _PURPOSES = frozenset({Purpose.X509_CERTIFICATE})
+_PURPOSES_UPSTREAM = _PURPOSES | {Purpose.CERTIFICATE_REQUEST}
 
 
 def root_of(authorities: list[Authority], now: datetime) -> Authority:
-    """The root that signs issuing authorities: the newest that has not expired. Raises: FailedPrecondition."""
-    roots = [each for each in authorities if each.root and not each.is_expired(now)]
+    """Our root that signs issuing authorities: the newest that has not expired. Raises: FailedPrecondition."""
+    roots = [each for each in authorities if each.root and not each.is_expired(now) and not each.is_upstream]
     if not roots:
-        raise FailedPrecondition("there is no root authority; run keyreeve init")
+        raise FailedPrecondition(
+            "there is no root authority in the key cluster; run keyreeve init, or name the upstream"
+        )
     return max(roots, key=lambda each: each.number)
 
 
@@ -57,6 +61,7 @@ def ensure_authority_key(ca: Ca, *, root: bool, number: int) -> ClusterKey:
     """The key of the authority with this number; a retry gives the same key again."""
     policy = ca.policy
     kind = "root" if root else "issuing"
+    by_upstream = ca.upstream is not None and not root
     mark = sha256(policy.trust_domain.name.encode()).hexdigest()[:32]
     longest = max(policy.workload.max_ttl, policy.agent.max_ttl, policy.service.max_ttl)
     profile = AuthorityProfile(
@@ -69,10 +74,10 @@ def ensure_authority_key(ca: Ca, *, root: bool, number: int) -> ClusterKey:
     )
     return ca.cluster.create_key(
         KeySpec(
-            request_id=f"authority-{kind}-{mark}-{number}",
+            request_id=f"authority-{kind}-{mark}-{number}" + ("-upstream" if by_upstream else ""),
             key_type=policy.authority_key_type,
             role=KeyRole.AUTHORITY,
-            purposes=_PURPOSES,
+            purposes=_PURPOSES_UPSTREAM if by_upstream else _PURPOSES,
             label=f"{policy.trust_domain.id} {kind} authority {number}"[:250],
             backend=policy.authority_backend,
             authority_profile=profile,
@@ -84,19 +89,24 @@ def ensure_own_grant(ca: Ca, key_id: str) -> bool:
     """Lets the CA use an authority key, unless a grant was ever made: one that was revoked stays so. Whether it made one."""
     if ca.cluster.list_grants(key_id=key_id, holder=ca.policy.ca_id):
         return False
-    ca.cluster.create_grant(key_id, ca.policy.ca_id, purposes=_PURPOSES, expires_at=None)
+    purposes = ca.cluster.get_key(key_id).purposes & _PURPOSES_UPSTREAM
+    ca.cluster.create_grant(key_id, ca.policy.ca_id, purposes=purposes, expires_at=None)
     return True
 
 
 def make_root(ca: Ca) -> Authority:
-    """The first root, self-signed through the key cluster; the one that is there, if there is one."""
+    """The first root, self-signed through the key cluster or the upstream's; the one that is there, if there is one."""
     authorities = ca.store.list_authorities()
     existing = [each for each in authorities if each.root]
     if existing:
         return existing[0]
-    key = ensure_authority_key(ca, root=True, number=1)
-    root = _certify(ca, key, root=None, number=1)
-    ca.store.save_authorities([*authorities, root], expected=authorities)
+    if ca.upstream is not None:
+        root, after = with_upstream_root(ca, ca.upstream, authorities)
+    else:
+        key = ensure_authority_key(ca, root=True, number=1)
+        root = _certify(ca, key, root=None, number=1)
+        after = [*authorities, root]
+    ca.store.save_authorities(after, expected=authorities)
     log("root_authority_made", authority_id=root.authority_id, not_after=root.not_after.isoformat())
     return root
 
@@ -104,14 +114,21 @@ def make_root(ca: Ca) -> Authority:
 def prepare_authority(ca: Ca) -> Authority:
     """Makes the next issuing authority. Raises: Conflict when a usable one is prepared already."""
     now = ca.clock()
-    authorities = ca.store.list_authorities()
-    check_can_prepare(authorities, now)
-    number = next_number(authorities, root=False)
+    stored = ca.store.list_authorities()
+    check_can_prepare(stored, now)
+    number = next_number(stored, root=False)
+    if ca.upstream is None:
+        authorities, root = stored, root_of(stored, now)
+    else:  # it may have another root by now
+        root, authorities = with_upstream_root(ca, ca.upstream, stored)
     key = ensure_authority_key(ca, root=False, number=number)
     ensure_own_grant(ca, key.key_id)
-    fresh = _certify(ca, key, root=root_of(authorities, now), number=number)
+    if ca.upstream is None:
+        fresh = _certify(ca, key, root=root, number=number)
+    else:
+        fresh = certify_by_upstream(ca, ca.upstream, key, root=root, number=number)
     after = prepare(authorities, fresh, now)
-    ca.store.save_authorities(after, expected=authorities)
+    ca.store.save_authorities(after, expected=stored)
     log("authority_prepared", authority_id=fresh.authority_id, not_after=fresh.not_after.isoformat())
     return next(each for each in after if each.authority_id == fresh.authority_id)
 

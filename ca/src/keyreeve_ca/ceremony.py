@@ -113,7 +113,7 @@ class Ceremony:
 
     def _grants(self) -> Iterator[Step]:
         for authority in self.store.list_authorities():
-            if authority.is_expired(self.ca.clock()):
+            if authority.is_expired(self.ca.clock()) or authority.is_upstream:
                 continue
             name = f"grant of {'root' if authority.root else 'issuing'} key to {self.ca.policy.ca_id}"
             made = ensure_own_grant(self.ca, authority.key_id)
@@ -162,6 +162,8 @@ def _write_if_changed(path: Path, data: bytes) -> bool:
 
 
 def _about(authority: Authority) -> str:
+    if authority.is_upstream:
+        return f"{authority.authority_id}, of the upstream, until {authority.not_after.isoformat()}"
     return f"{authority.authority_id}, key {authority.key_id}, until {authority.not_after.isoformat()}"
 
 

@@ -18,6 +18,7 @@ from keyreeve_ca.service import Ca
 from keyreeve_ca.signers.key_cluster import GrpcKeyCluster, local_replica
 from keyreeve_ca.signers.local import ThrowAwayKeys
 from keyreeve_ca.store.sql_store import SqlStore
+from keyreeve_ca.upstream import open_upstream
 
 DEFAULT_CONFIG = Path("/etc/keyreeve/ca.toml")
 
@@ -40,7 +41,8 @@ def init(
     replica = local_replica(key_server_admin_socket or settings.key_cluster.admin_socket)
     cluster = GrpcKeyCluster([replica])
     store = SqlStore.open(settings.database_url(), busy_timeout=settings.database.busy_timeout)
-    ca = Ca(settings.policy(), store, cluster, _utc_now, _entropy, ThrowAwayKeys())
+    upstream = open_upstream(settings.upstream)
+    ca = Ca(settings.policy(), store, cluster, _utc_now, _entropy, ThrowAwayKeys(), upstream)
     done: list[Step] = []
     as_json = wants_json(output)
     try:

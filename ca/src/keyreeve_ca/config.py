@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 
 from keyreeve_client.channel import SvidFiles
@@ -17,6 +18,7 @@ from keyreeve_common.files import read_secret
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.schemes import KeyType
 from keyreeve_common.telemetry_config import TelemetryConfig
+from keyreeve_common.vault.config import VaultConfig, check_mount, check_vault_name
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -106,6 +108,31 @@ class BackgroundConfig:
                 raise ConfigInvalid(f"{name}: allowed are 10ms to 10m")
 
 
+class UpstreamKind(StrEnum):
+    VAULT_PKI = "vault_pki"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaultPkiConfig(VaultConfig):
+    """`issuer` is the name or id of the issuer in the engine at `mount`; its certificate must be a root."""
+
+    mount: str = "pki"
+    issuer: str = "default"
+
+    def __post_init__(self) -> None:
+        VaultConfig.__post_init__(self)
+        check_mount(self.mount, "mount")
+        check_vault_name(self.issuer, "issuer")
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamConfig:
+    """Who signs the issuing authorities, where the root is not in the key cluster."""
+
+    kind: UpstreamKind
+    vault: VaultPkiConfig
+
+
 @dataclass(frozen=True, slots=True)
 class CaConfig:
     """ca.toml. `listen` is where agents and admins call (mTLS), `attest_listen` where nodes without SVID do."""
@@ -121,6 +148,7 @@ class CaConfig:
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     issuance: IssuanceConfig = field(default_factory=IssuanceConfig)
     background: BackgroundConfig = field(default_factory=BackgroundConfig)
+    upstream: UpstreamConfig | None = None
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:

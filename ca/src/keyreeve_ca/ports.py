@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Protocol
 
+from cryptography.x509 import Certificate
 from keyreeve_client.key_admin import ClusterKey, Grant, KeyServerHealth, KeySpec
 from keyreeve_common.bundle import Bundle
 from keyreeve_common.identity import SpiffeId, TrustDomain
@@ -41,11 +42,28 @@ class KeyCluster(Protocol):
 
     def list_grants(self, *, key_id: str = "", holder: SpiffeId | None = None) -> list[Grant]: ...
 
-    def private_key(self, key_id: str, spki_der: bytes) -> Any:
-        """A key object for cryptography's builders whose signatures have the purpose x509_certificate."""
+    def private_key(self, key_id: str, spki_der: bytes, *, purpose: Purpose = Purpose.X509_CERTIFICATE) -> Any:
+        """A key object for cryptography's builders whose signatures have this purpose."""
         ...
 
     def replicas(self) -> Sequence[KeyServerIdentity]: ...
+
+
+class UpstreamAuthority(Protocol):
+    """A parent authority that holds the root outside of the key cluster. Calls block. What it gives is checked by the caller."""
+
+    @property
+    def name(self) -> str:
+        """For logs: where it is, no secret."""
+        ...
+
+    def fetch_root(self) -> Certificate:
+        """Its root of now. Raises: FailedPrecondition, Unavailable."""
+        ...
+
+    def sign_authority(self, csr_der: bytes, *, not_after: datetime, backdate: timedelta) -> Certificate:
+        """A CA certificate of path length 0 for the request, its subject and URI kept. Raises: FailedPrecondition, Unavailable."""
+        ...
 
 
 class KeyServerIdentity(Protocol):

@@ -32,7 +32,7 @@ from keyreeve_ca.domain.issuance import (
 from keyreeve_ca.domain.profiles import CA_PATH, KEY_SERVER_PATH, AuthorityLives, SvidProfile
 from keyreeve_ca.domain.records import SvidRecord, SvidState
 from keyreeve_ca.domain.svid_lint import LintContext, check_svid, spki_hash
-from keyreeve_ca.ports import Entropy, KeyCluster, Store
+from keyreeve_ca.ports import Entropy, KeyCluster, Store, UpstreamAuthority
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,7 @@ class Ca:
     clock: Callable[[], datetime]
     entropy: Entropy
     lint_key: Callable[[KeyType], Any]
+    upstream: UpstreamAuthority | None = None
     locks: Locks = field(default_factory=Locks)
     failures: dict[str, ErrorCode] = field(default_factory=dict)  # by entry: what was logged last
 

@@ -79,6 +79,7 @@ class CaRig:
     issuance: str = ""
     background: str = 'interval = "200ms"\npoll_interval = "50ms"'
     database: str = ""
+    extra: str = ""
     process: ManagedProcess = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +109,7 @@ class CaRig:
             f'bundle_file = "agents/bundle.pem"\nadmins = ["spiffe://example.org/ops/alice"]\n'
             f'[key_cluster]\naddresses = ["127.0.0.1:{self.key_server.port}"]\n'
             f'admin_socket = "{self.key_server.admin_socket}"\n'
-            f"[database]\n{self.database}\n[issuance]\n{self.issuance}\n[background]\n{self.background}\n"
+            f"[database]\n{self.database}\n[issuance]\n{self.issuance}\n[background]\n{self.background}\n{self.extra}\n"
         )
 
     def init(self, *, check: bool = True) -> tuple[int, list[dict[str, str]], str]:

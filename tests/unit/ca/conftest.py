@@ -99,6 +99,14 @@ def make_rig(directory: Path, **changes: Any) -> Rig:
 
 
 @pytest.fixture
+def bare_rig(tmp_path: Path) -> Iterator[Rig]:
+    """Without any authority yet."""
+    made = make_rig(tmp_path)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Rig]:
     """Brought to life: a root and an active issuing authority."""
     made = make_rig(tmp_path)

@@ -17,6 +17,9 @@ from keyreeve_common.errors import Conflict, FailedPrecondition, NotFound
 
 PREPARE_CAP = timedelta(days=30)
 ACTIVATE_CAP = timedelta(days=7)
+UPSTREAM_KEY = (
+    "upstream:"  # begins the key_id of a root whose key is not ours; no key id of the key cluster has a colon
+)
 
 
 class AuthorityState(StrEnum):
@@ -35,6 +38,11 @@ class Authority:
     certificate: x509.Certificate
     root: bool = False
     number: int = 1
+
+    @property
+    def is_upstream(self) -> bool:
+        """Whether it is a root whose key the key cluster does not hold."""
+        return self.key_id.startswith(UPSTREAM_KEY)
 
     @property
     def not_after(self) -> datetime:

@@ -135,8 +135,8 @@ class GrpcKeyCluster:
     def list_grants(self, *, key_id: str = "", holder: SpiffeId | None = None) -> list[Grant]:
         return self._first(lambda replica: list(replica.admin.list_grants(key_id=key_id, holder=holder)))
 
-    def private_key(self, key_id: str, spki_der: bytes) -> RemoteKey:
-        return make_remote_key(spki_der, RemoteSigner(key_id, Purpose.X509_CERTIFICATE, self._sign))
+    def private_key(self, key_id: str, spki_der: bytes, *, purpose: Purpose = Purpose.X509_CERTIFICATE) -> RemoteKey:
+        return make_remote_key(spki_der, RemoteSigner(key_id, purpose, self._sign))
 
     def close(self) -> None:
         for replica in self._replicas:

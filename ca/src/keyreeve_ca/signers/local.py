@@ -138,8 +138,8 @@ class InMemoryKeyCluster:
                 if key_id in ("", key) and (holder is None or str(holder) == who)
             ]
 
-    def private_key(self, key_id: str, spki_der: bytes) -> RemoteKey:
-        return make_remote_key(spki_der, RemoteSigner(key_id, Purpose.X509_CERTIFICATE, self.sign))
+    def private_key(self, key_id: str, spki_der: bytes, *, purpose: Purpose = Purpose.X509_CERTIFICATE) -> RemoteKey:
+        return make_remote_key(spki_der, RemoteSigner(key_id, purpose, self.sign))
 
     def sign(self, key_id: str, scheme: SignatureScheme, purpose: Purpose, message: bytes) -> bytes:
         stored = self._stored(key_id)

@@ -41,6 +41,10 @@ path "{mount}/keys/{key}" { capabilities = ["create", "read", "update"] }
 path "{mount}/encrypt/{key}" { capabilities = ["update"] }
 path "{mount}/decrypt/{key}" { capabilities = ["update"] }
 """
+PKI_POLICY = """
+path "{mount}/issuer/default" { capabilities = ["read"] }
+path "{mount}/issuer/default/sign-intermediate" { capabilities = ["create", "update"] }
+"""
 
 
 @dataclass
