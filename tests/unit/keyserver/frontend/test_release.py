@@ -15,6 +15,7 @@ from keyreeve_keyserver.catalog.catalog import Catalog
 from keyreeve_keyserver.catalog.records import GrantEntry
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.domain.policy import Grant, KeyFacts
+from keyreeve_keyserver.domain.quarantine import Cause, Quarantine
 from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
 from keyreeve_keyserver.frontend.release import ReleaseGate
@@ -108,6 +109,13 @@ async def test_catalog_lost_for_too_long_meanwhile(rig: Rig) -> None:
     rig.access._read_at -= 61
     rig.out(answers)
     assert rig.codes() == [ErrorCode.UNAVAILABLE] * 2
+
+
+async def test_quarantined_meanwhile(rig: Rig) -> None:
+    answers = rig.ask()
+    rig.access.quarantine_here(Quarantine(HOLDER, Cause.REFUSALS, "r", "replica", NOW))
+    rig.out(answers)
+    assert rig.codes() == [ErrorCode.QUARANTINED] * 2
 
 
 async def test_unknown_key_after_a_restore_is_withheld(rig: Rig) -> None:
