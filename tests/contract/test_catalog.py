@@ -535,3 +535,70 @@ def test_quarantines_are_listed_in_pages_and_ended_ones_are_told_apart(catalog: 
     assert seen == [f"spiffe://example.org/{number}" for number in range(7)]
     holding = catalog.list_quarantines(limit=9, holding_at=NOW + HOUR)
     assert [entry.quarantine.holder[-1] for entry in holding] == ["0", "2", "4", "6"]
+
+
+def rotation(of: KeyEntry, request_id: str = "next") -> NewKey:
+    return replace(new_key(request_id), predecessor=of.key_id)
+
+
+def finish(catalog: Catalog, entry: KeyEntry) -> KeyEntry:
+    done = catalog.complete_key(entry.key_id, backend="soft", sealed_record=b"s", spki_der=b"q", attributes={})
+    assert done is not None
+    return done
+
+
+def test_next_generation_has_the_grants_of_the_one_before_revoked_ones_too(catalog: Catalog) -> None:
+    first, stranger = make_key(catalog), make_key(catalog, "stranger")
+    other = "spiffe://example.org/agent/b"
+    for holder in (HOLDER, other):
+        catalog.put_grant(grant(first.key_id, holder=holder))
+    catalog.put_grant(grant(stranger.key_id))
+    catalog.revoke_grant(first.key_id, other, now=NOW)
+    begun = catalog.begin_key(rotation(first), now=NOW)
+    assert catalog.list_grants(limit=9, key_id=begun.key_id) == []
+    mark = catalog.changes_since(-1)
+    assert mark is not None
+    second = finish(catalog, begun)
+    assert (second.life.generation, second.life.predecessor) == (2, first.key_id)
+    assert catalog.key(first.key_id).life.successor == second.key_id
+    copies = {entry.grant for entry in catalog.list_grants(limit=9, key_id=second.key_id)}
+    assert copies == {replace(e.grant, key_id=second.key_id) for e in catalog.list_grants(limit=9, key_id=first.key_id)}
+    assert {copy.holder for copy in copies if copy.revoked_at is not None} == {other}
+    followed = catalog.changes_since(mark.seq)
+    assert followed is not None
+    assert {entry.grant for entry in followed.grants} == copies
+
+
+def test_key_has_one_successor_and_a_retry_finds_it(catalog: Catalog) -> None:
+    first = make_key(catalog)
+    begun = catalog.begin_key(rotation(first), now=NOW)
+    assert catalog.begin_key(rotation(first), now=NOW) == begun
+    with pytest.raises(Conflict, match="by request next"):
+        catalog.begin_key(rotation(first, "rival"), now=NOW)
+    second = finish(catalog, begun)
+    assert catalog.begin_key(rotation(first), now=NOW).key_id == second.key_id
+    with pytest.raises(Conflict, match="by request next"):
+        catalog.begin_key(rotation(first, "rival"), now=NOW)
+    third = finish(catalog, catalog.begin_key(rotation(second, "third"), now=NOW))
+    assert third.life.generation == 3
+    with pytest.raises(FailedPrecondition):
+        catalog.begin_key(rotation(catalog.key(disabled_key(catalog, "off")), "x"), now=NOW)
+    with pytest.raises(KeyNotFound):
+        catalog.begin_key(replace(new_key("y"), predecessor="k-none"), now=NOW)
+
+
+def test_retired_key_is_disabled_when_due_and_once(open_catalog: Opener) -> None:
+    one, other = open_catalog(), open_catalog()
+    key_id = make_key(one).key_id
+    assert one.set_retirement(key_id, at=NOW + 2 * HOUR) is not None
+    moved = one.set_retirement(key_id, at=NOW + HOUR)
+    assert moved is not None
+    assert moved.life.retire_at == NOW + HOUR
+    assert one.retire_due(now=NOW) == []
+    assert [entry.state for entry in one.retire_due(now=NOW + HOUR)] == [KeyState.DISABLED]
+    assert other.retire_due(now=NOW + HOUR) == []
+    assert [entry.key_id for entry in one.retired_keys()] == [key_id]
+    assert one.set_retirement(key_id, at=NOW) is None
+    enabled = one.change_state(key_id, to=KeyState.ENABLED, from_states=(KeyState.DISABLED,))
+    assert enabled is not None
+    assert one.retire_due(now=NOW + 9 * HOUR) == []  # what an operator enables stays so

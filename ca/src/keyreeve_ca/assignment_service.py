@@ -51,6 +51,7 @@ class Assignment:
     entry: Entry
     key: ManagedKey | None = None
     svid: SvidRecord | None = None
+    former_key_ids: tuple[str, ...] = ()
     error: KeyreeveError | None = None
 
     @property
@@ -91,7 +92,7 @@ def _assign(ca: Ca, entry: Entry, seen: _Seen | KeyreeveError) -> Assignment:
             ca.failures[entry.entry_id] = error.code
         return Assignment(entry, error=error)
     ca.failures.pop(entry.entry_id, None)
-    return Assignment(entry, key, svid)
+    return Assignment(entry, key, svid, former_key_ids(ca, entry))
 
 
 def _still_good(ca: Ca, entry: Entry) -> Assignment | None:
@@ -114,7 +115,12 @@ def _still_good(ca: Ca, entry: Entry) -> Assignment | None:
         or (grant.expires_at is not None and grant.expires_at <= now)
     ):
         return None
-    return Assignment(entry, key, svid)
+    return Assignment(entry, key, svid, former_key_ids(ca, entry))
+
+
+def former_key_ids(ca: Ca, entry: Entry) -> tuple[str, ...]:
+    """Earlier generations of the entry's key that may still sign."""
+    return tuple(each.key_id for each in ca.store.former_keys(entry.owner))
 
 
 def ensure_svid(ca: Ca, entry: Entry, *, renew: bool = False) -> tuple[ManagedKey, SvidRecord]:

@@ -16,7 +16,7 @@ from keyreeve_ca.domain.attestation import JoinToken
 from keyreeve_ca.domain.authority import Authority
 from keyreeve_ca.domain.entries import Entry, KeyOwner
 from keyreeve_ca.domain.grants import GrantState, NodeGrant
-from keyreeve_ca.domain.records import Agent, KeyUse, ManagedKey, SvidRecord
+from keyreeve_ca.domain.records import Agent, FormerKey, KeyUse, ManagedKey, SvidRecord
 
 
 class KeyCluster(Protocol):
@@ -29,6 +29,14 @@ class KeyCluster(Protocol):
     def disable_key(self, key_id: str) -> None: ...
 
     def enable_key(self, key_id: str) -> None: ...
+
+    def rotate_key(self, key_id: str, *, request_id: str) -> ClusterKey:
+        """The next generation, with the grants; the same request id gives the same key again. Raises: Conflict, FailedPrecondition."""
+        ...
+
+    def retire_key(self, key_id: str, *, at: datetime) -> None:
+        """Has an enabled key disabled at this time. Raises: FailedPrecondition."""
+        ...
 
     def create_grant(
         self, key_id: str, holder: SpiffeId, *, purposes: frozenset[Purpose], expires_at: datetime | None
@@ -163,6 +171,20 @@ class Store(Protocol):
 
     def save_managed_key(self, key: ManagedKey, *, expected: KeyUse | None = None) -> bool:
         """Whether it was saved; with `expected` only where the stored one is of that use."""
+        ...
+
+    def replace_managed_key(self, fresh: ManagedKey, *, former: ManagedKey) -> bool:
+        """Puts `fresh` in place of `former`, which is kept as a former key; whether `former` was still in place."""
+        ...
+
+    def former_keys(self, owner: KeyOwner | None = None) -> list[FormerKey]: ...
+
+    def save_retirement(self, key_id: str, retire_at: datetime) -> None: ...
+
+    def forget_former_key(self, key_id: str) -> None: ...
+
+    def last_not_after(self, key_id: str) -> datetime | None:
+        """When the last certificate for this key ends, those that were begun and perhaps signed included."""
         ...
 
     def list_managed_keys(self, *, unused: bool = False) -> list[ManagedKey]:

@@ -19,6 +19,7 @@ from keyreeve_ca.authority_service import rotate_authorities
 from keyreeve_ca.domain.authority import AuthorityAction
 from keyreeve_ca.entry_service import prune_expired_entries
 from keyreeve_ca.own_svids import OwnSvid, certify_key_server, key_server_is_due
+from keyreeve_ca.rotation_service import retire_former_keys
 from keyreeve_ca.service import Ca
 from keyreeve_ca.withdrawal_service import withdraw_grants
 
@@ -45,6 +46,7 @@ class Renewal:
         steps: dict[str, Callable[[], None]] = {
             "prune": self._prune,
             "withdraw_grants": lambda: withdraw_grants(self.ca),
+            "retire_former_keys": lambda: retire_former_keys(self.ca),
             "rotate_authorities": self._rotate,
             "renew_own_svid": self._renew_own,
             "renew_key_server_svids": self._renew_key_servers,

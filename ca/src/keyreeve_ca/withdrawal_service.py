@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 from keyreeve_client.key_admin import KeyState
-from keyreeve_common.errors import KeyreeveError
+from keyreeve_common.errors import FailedPrecondition, KeyreeveError, NotFound
 from keyreeve_common.telemetry import log
 
 from keyreeve_ca.domain.entries import KeyOwner
@@ -42,6 +43,10 @@ def _withdraw(ca: Ca, grant: NodeGrant) -> None:
     known = ca.store.get_node_grant(grant.owner, grant.agent)
     if known is None or known.state is not GrantState.WITHDRAWING:
         return
+    for former in ca.store.former_keys(grant.owner):  # first: a crash behind it leaves the row as it is
+        for live in ca.cluster.list_grants(key_id=former.key_id, holder=grant.agent):
+            if not live.is_revoked:
+                ca.cluster.revoke_grant(former.key_id, grant.agent)
     found = ca.cluster.list_grants(key_id=grant.key_id, holder=grant.agent)
     seen = found[0] if found else None
     state = decide_withdrawal(known, seen)
@@ -57,6 +62,9 @@ def _withdraw(ca: Ca, grant: NodeGrant) -> None:
 def _retire(ca: Ca, key: ManagedKey) -> None:
     if _is_used(ca, key.owner):
         return
+    for former in ca.store.former_keys(key.owner):
+        with suppress(FailedPrecondition, NotFound):  # it is to be destroyed, or gone
+            ca.cluster.disable_key(former.key_id)
     if key.use is KeyUse.IN_USE:
         stopped = ca.cluster.get_key(key.key_id).state is not KeyState.ENABLED
         intent = replace(key, use=KeyUse.STOPPED if stopped else KeyUse.RETIRING)

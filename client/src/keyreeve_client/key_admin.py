@@ -211,6 +211,16 @@ class KeyAdminClient:
     def enable_key(self, key_id: str) -> ClusterKey:
         return _key(self._call(self._keys.EnableKey, keyserver_pb2.EnableKeyRequest(key_id=key_id)))
 
+    def rotate_key(self, key_id: str, *, request_id: str) -> ClusterKey:
+        """The next generation of an enabled key, with its grants; the same `request_id` gives the same key again."""
+        request = keyserver_pb2.RotateKeyRequest(key_id=key_id, request_id=request_id)
+        return _key(self._call(self._keys.RotateKey, request))
+
+    def retire_key(self, key_id: str, *, at: datetime) -> ClusterKey:
+        """Has the key disabled at this time."""
+        request = keyserver_pb2.RetireKeyRequest(key_id=key_id, retire_at=_timestamp(at))
+        return _key(self._call(self._keys.RetireKey, request))
+
     def destroy_key(self, key_id: str) -> ClusterKey:
         """Only for a disabled key: after the server's waiting time it is destroyed, unless that is cancelled before."""
         return _key(self._call(self._keys.DestroyKey, keyserver_pb2.DestroyKeyRequest(key_id=key_id)))

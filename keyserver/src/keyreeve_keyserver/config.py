@@ -105,6 +105,7 @@ class KeysConfig:
 
     destruction_wait: timedelta = timedelta(days=7)
     reap_interval: timedelta = timedelta(seconds=10)
+    destroy_retired: bool = False
 
     def __post_init__(self) -> None:
         if self.destruction_wait > timedelta(days=365):

@@ -156,3 +156,26 @@ def test_second_replica_serves_when_the_first_is_away(tmp_path: Path) -> None:
         with pytest.raises(KeyreeveError):
             both.get_key("nobody")
         both.close()
+
+
+def test_rotation_gives_one_successor_with_the_grants(cluster: Any) -> None:
+    spec = KeySpec("rotated-1", KeyType.EC_P256, KeyRole.HANDSHAKE, PURPOSES, "spiffe://example.org/rotated")
+    first = cluster.create_key(spec)
+    made = cluster.create_grant(first.key_id, HOLDER, purposes=PURPOSES, expires_at=soon())
+    second = cluster.rotate_key(first.key_id, request_id="rotated-2")
+    assert cluster.rotate_key(first.key_id, request_id="rotated-2").key_id == second.key_id != first.key_id
+    assert (second.key_type, second.role, second.purposes, second.label) == (
+        first.key_type,
+        first.role,
+        first.purposes,
+        first.label,
+    )
+    (copy,) = cluster.list_grants(key_id=second.key_id, holder=HOLDER)
+    assert (copy.purposes, copy.expires_at) == (made.purposes, made.expires_at)
+    with pytest.raises(Conflict):
+        cluster.rotate_key(first.key_id, request_id="rotated-3")
+    cluster.retire_key(first.key_id, at=soon())
+    assert cluster.get_key(first.key_id).state is KeyState.ENABLED
+    cluster.disable_key(first.key_id)
+    with pytest.raises(FailedPrecondition):
+        cluster.retire_key(first.key_id, at=soon())

@@ -50,6 +50,16 @@ class ManagedKey:
     use: KeyUse = KeyUse.IN_USE
 
 
+@dataclass(frozen=True, slots=True)
+class FormerKey:
+    """An earlier generation of an owner's key. `retire_at`: what the key cluster was told; None while it was told nothing."""
+
+    key_id: str
+    owner_digest: str
+    generation: int
+    retire_at: datetime | None = None
+
+
 class SvidState(StrEnum):
     INTENDED = "intended"  # recorded; not signed, or the signature never came
     ISSUED = "issued"

@@ -29,6 +29,7 @@ from keyreeve_ca.grpc_api.protos import (
     timestamp,
 )
 from keyreeve_ca.node_service import ban_agent, create_join_token, evict_agent, list_agents, unban_agent
+from keyreeve_ca.rotation_service import rotate_entry_key
 from keyreeve_ca.service import Ca, current_bundle, list_svids
 from keyreeve_ca.withdrawal_service import withdraw_grants
 
@@ -81,6 +82,9 @@ class EntriesServicer(_Servicer, ca_pb2_grpc.EntriesServicer):
         entry = entry_from_proto(request.entry, entry_id=request.entry.entry_id, now=self._ca.clock())
         read_revision = request.entry.revision
         return entry_to_proto(await self._change(update_entry, entry, read_revision=read_revision))
+
+    async def RotateEntryKey(self, request: ca_pb2.RotateEntryKeyRequest, context: Any) -> ca_pb2.X509SvidRecord:
+        return svid_to_proto(await self._change(rotate_entry_key, request.entry_id))
 
     async def DeleteEntry(self, request: ca_pb2.DeleteEntryRequest, context: Any) -> ca_pb2.DeleteEntryResponse:
         await self._change_and_withdraw(delete_entry, request.entry_id)

@@ -186,6 +186,7 @@ def assignment_to_proto(assignment: Assignment) -> ca_pb2.Assignment:
         message.spki_der = assignment.key.spki_der
         message.chain_der.extend(assignment.svid.chain_der)
         message.not_after.FromDatetime(assignment.svid.not_after)
+        message.former_key_ids.extend(assignment.former_key_ids)
     elif assignment.error is not None:
         message.error.CopyFrom(error_to_proto(assignment.error))
     return message

@@ -119,6 +119,12 @@ class GrpcKeyCluster:
     def enable_key(self, key_id: str) -> None:
         self._first(lambda replica: replica.admin.enable_key(key_id))
 
+    def rotate_key(self, key_id: str, *, request_id: str) -> ClusterKey:
+        return self._first(lambda replica: replica.admin.rotate_key(key_id, request_id=request_id))
+
+    def retire_key(self, key_id: str, *, at: datetime) -> None:
+        self._first(lambda replica: replica.admin.retire_key(key_id, at=at))
+
     def create_grant(
         self, key_id: str, holder: SpiffeId, *, purposes: frozenset[Purpose], expires_at: datetime | None
     ) -> Grant:

@@ -68,6 +68,8 @@ class InMemoryKeyCluster:
         self._by_request: dict[str, str] = {}
         self._grants: dict[tuple[str, str], Grant] = {}
         self._lock = threading.RLock()
+        self.successors: dict[str, str] = {}
+        self.retirements: dict[str, datetime] = {}  # told only: nothing here runs by itself
 
     def replicas(self) -> Sequence[InMemoryKeyServer]:
         return ()
@@ -98,6 +100,26 @@ class InMemoryKeyCluster:
 
     def enable_key(self, key_id: str) -> None:
         self._set_state(key_id, KeyState.ENABLED)
+
+    def rotate_key(self, key_id: str, *, request_id: str) -> ClusterKey:
+        with self._lock:
+            before = self._stored(key_id)
+            if request_id not in self._by_request and key_id in self.successors:
+                raise Conflict("the key is rotated by another request")
+            if request_id not in self._by_request and before.key.state is not KeyState.ENABLED:
+                raise FailedPrecondition("only an enabled key is rotated")
+            fresh = self.create_key(replace(before.spec, request_id=request_id))
+            if self.successors.setdefault(key_id, fresh.key_id) == fresh.key_id:
+                for (key, holder), grant in list(self._grants.items()):
+                    if key == key_id:
+                        self._grants.setdefault((fresh.key_id, holder), replace(grant, key_id=fresh.key_id))
+            return fresh
+
+    def retire_key(self, key_id: str, *, at: datetime) -> None:
+        with self._lock:
+            if self._stored(key_id).key.state is not KeyState.ENABLED:
+                raise FailedPrecondition("only an enabled key is retired")
+            self.retirements[key_id] = at
 
     def destroy_key(self, key_id: str) -> None:
         self._set_state(key_id, KeyState.DESTROYED)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 
 from keyreeve_common.errors import Conflict, NotFound
 from keyreeve_common.identity import SpiffeId
-from sqlalchemy import Connection, delete, exists, select, update
+from sqlalchemy import Connection, delete, exists, func, select, update
 
 from keyreeve_ca.domain.entries import Entry, KeyOwner
 from keyreeve_ca.domain.grants import GrantState, NodeGrant
-from keyreeve_ca.domain.records import KeyUse, ManagedKey
+from keyreeve_ca.domain.records import FormerKey, KeyUse, ManagedKey, SvidState
 from keyreeve_ca.store import schema
 from keyreeve_ca.store.engine import read_transaction, write_transaction
 from keyreeve_ca.store.rows import (
@@ -31,6 +32,8 @@ _A = schema.agents.c
 _E = schema.entries.c
 _G = schema.node_grants.c
 _K = schema.managed_keys.c
+_F = schema.former_keys.c
+_S = schema.svids.c
 
 
 class EntryRecords(Part):
@@ -100,6 +103,40 @@ class EntryRecords(Part):
             if not saved and expected is None:
                 connection.execute(schema.managed_keys.insert().values(**row))
             return saved or expected is None
+
+    def replace_managed_key(self, fresh: ManagedKey, *, former: ManagedKey) -> bool:
+        row = key_to_row(fresh)
+        query = update(schema.managed_keys).where(_K.owner == row["owner"], _K.key_id == former.key_id)
+        with write_transaction(self.engine) as connection:
+            if not connection.execute(query.values(**row)).rowcount:
+                return False
+            kept = {"key_id": former.key_id, "owner": row["owner"], "generation": former.generation}
+            connection.execute(schema.former_keys.insert().values(**kept))
+            return True
+
+    def former_keys(self, owner: KeyOwner | None = None) -> list[FormerKey]:
+        query = select(schema.former_keys).order_by(_F.owner, _F.generation)
+        if owner is not None:
+            query = query.where(_F.owner == owner.digest)
+        with read_transaction(self.engine) as connection:
+            return [
+                FormerKey(row.key_id, row.owner, row.generation, row.retire_at) for row in connection.execute(query)
+            ]
+
+    def save_retirement(self, key_id: str, retire_at: datetime) -> None:
+        with write_transaction(self.engine) as connection:
+            same = _F.key_id == key_id
+            connection.execute(update(schema.former_keys).where(same).values(retire_at=retire_at))
+
+    def forget_former_key(self, key_id: str) -> None:
+        with write_transaction(self.engine) as connection:
+            connection.execute(delete(schema.former_keys).where(_F.key_id == key_id))
+
+    def last_not_after(self, key_id: str) -> datetime | None:
+        wanted = _S.state != SvidState.FAILED.value
+        query = select(func.max(_S.not_after)).where(_S.key_id == key_id, wanted)
+        with read_transaction(self.engine) as connection:
+            return connection.execute(query).scalar()
 
     def list_managed_keys(self, *, unused: bool = False) -> list[ManagedKey]:
         query = select(schema.managed_keys).order_by(_K.owner)

@@ -120,6 +120,14 @@ managed_keys = Table(
     Column("fingerprint", _HASH, nullable=False),
     Column("use", String(16), nullable=False),
 )
+former_keys = Table(
+    "former_keys",
+    metadata,
+    Column("key_id", String(64), primary_key=True),
+    Column("owner", _HASH, nullable=False, index=True),
+    Column("generation", Integer, nullable=False),
+    Column("retire_at", UtcTime),
+)
 node_grants = Table(
     "node_grants",
     metadata,
@@ -140,7 +148,7 @@ svids = Table(
     Column("subject", String(80), nullable=False),
     Column("authority_id", String(128), nullable=False),
     Column("entry_id", String(64), nullable=False),
-    Column("key_id", String(64), nullable=False),
+    Column("key_id", String(64), nullable=False, index=True),
     Column("state", String(16), nullable=False),
     Column("wanted", _HASH, nullable=False),
     Column("not_before", UtcTime, nullable=False),

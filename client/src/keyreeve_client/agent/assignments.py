@@ -6,8 +6,8 @@ key that the assignment names, and the key is of a type that we know.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -39,6 +39,7 @@ class Assignment:
     selectors: Selectors
     delegates: tuple[Delegate, ...]
     hint: str
+    former_key_ids: tuple[KeyId, ...] = ()
 
     @property
     def spiffe_id(self) -> SpiffeId:
@@ -67,14 +68,22 @@ class AgentState:
     @classmethod
     def of(cls, sequence: int, assignments: Sequence[Assignment], refused: Sequence[Refused]) -> AgentState:
         by_key: dict[KeyId, Assignment] = {}
-        for assignment in sorted(assignments, key=_freshness):
+        usable = [*_former(assignments), *assignments]
+        for assignment in sorted(usable, key=_freshness):
             by_key[assignment.key_id] = assignment
-        return cls(sequence, tuple(assignments), tuple(refused), KeyRules.of(assignments), by_key)
+        return cls(sequence, tuple(assignments), tuple(refused), KeyRules.of(usable), by_key)
 
     def of_spiffe_id(self, spiffe_id: SpiffeId) -> Assignment | None:
         """The freshest assignment of this identity."""
         found = [assignment for assignment in self.assignments if assignment.spiffe_id == spiffe_id]
         return max(found, key=_freshness, default=None)
+
+
+def _former(assignments: Sequence[Assignment]) -> Iterator[Assignment]:
+    """The same identities by their keys' earlier generations: a proxy that has not reloaded yet asks for those."""
+    for assignment in assignments:
+        for key_id in assignment.former_key_ids:
+            yield replace(assignment, key_id=key_id, former_key_ids=())
 
 
 def _freshness(assignment: Assignment) -> tuple[datetime, str]:
@@ -176,6 +185,7 @@ def _verify(
             for delegate in item.delegates
         ),
         hint=item.hint,
+        former_key_ids=tuple(parse_key_id(key_id) for key_id in item.former_key_ids),
     )
 
 

@@ -145,3 +145,11 @@ def delete(entry_id: EntryId, socket: CaSocket = DEFAULT_CA_SOCKET, output: Outp
     with ca(socket) as stubs:
         stubs.entries.DeleteEntry(ca_pb2.DeleteEntryRequest(entry_id=entry_id), timeout=TIMEOUT_S)
     show_row({"entry_id": entry_id, "deleted": True}, output)
+
+
+@app.command("rotate-key")
+def rotate_key(entry_id: EntryId, socket: CaSocket = DEFAULT_CA_SOCKET, output: Output = None) -> None:
+    """Gives the entry a new key and an SVID for it; the old key signs until the last certificate for it ends."""
+    with ca(socket) as stubs:
+        request = ca_pb2.RotateEntryKeyRequest(entry_id=entry_id)
+        show_one(stubs.entries.RotateEntryKey(request, timeout=TIMEOUT_S), output)

@@ -285,6 +285,7 @@ class Assignment(_message.Message):
     PURPOSES_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    FORMER_KEY_IDS_FIELD_NUMBER: _builtins.int
     entry_id: _builtins.str
     revision: _builtins.int
     spiffe_id: _builtins.str
@@ -308,6 +309,10 @@ class Assignment(_message.Message):
     def error(self) -> _types_pb2.Error:
         """set: the SVID could not be issued; the fields 6 to 10 are then absent"""
 
+    @_builtins.property
+    def former_key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """earlier generations, which proxies that have not reloaded yet still use"""
+
     def __init__(
         self,
         *,
@@ -324,10 +329,11 @@ class Assignment(_message.Message):
         purposes: _abc.Iterable[_types_pb2.Purpose.ValueType] | None = ...,
         hint: _builtins.str = ...,
         error: _types_pb2.Error | None = ...,
+        former_key_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "not_after", b"not_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_der", b"chain_der", "delegates", b"delegates", "entry_id", b"entry_id", "error", b"error", "hint", b"hint", "key_id", b"key_id", "key_type", b"key_type", "not_after", b"not_after", "purposes", b"purposes", "revision", b"revision", "selectors", b"selectors", "spiffe_id", b"spiffe_id", "spki_der", b"spki_der"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_der", b"chain_der", "delegates", b"delegates", "entry_id", b"entry_id", "error", b"error", "former_key_ids", b"former_key_ids", "hint", b"hint", "key_id", b"key_id", "key_type", b"key_type", "not_after", b"not_after", "purposes", b"purposes", "revision", b"revision", "selectors", b"selectors", "spiffe_id", b"spiffe_id", "spki_der", b"spki_der"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -603,6 +609,25 @@ class DeleteEntryResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteEntryResponse: _TypeAlias = DeleteEntryResponse  # noqa: Y015
+
+@_typing.final
+class RotateEntryKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_ID_FIELD_NUMBER: _builtins.int
+    entry_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        entry_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_id", b"entry_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateEntryKeyRequest: _TypeAlias = RotateEntryKeyRequest  # noqa: Y015
 
 @_typing.final
 class CreateJoinTokenRequest(_message.Message):

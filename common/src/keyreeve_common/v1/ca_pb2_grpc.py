@@ -255,6 +255,11 @@ class EntriesStub:
                 request_serializer=keyreeve__common_dot_v1_dot_ca__pb2.DeleteEntryRequest.SerializeToString,
                 response_deserializer=keyreeve__common_dot_v1_dot_ca__pb2.DeleteEntryResponse.FromString,
                 _registered_method=True)
+        self.RotateEntryKey = channel.unary_unary(
+                '/keyreeve.ca.v1.Entries/RotateEntryKey',
+                request_serializer=keyreeve__common_dot_v1_dot_ca__pb2.RotateEntryKeyRequest.SerializeToString,
+                response_deserializer=keyreeve__common_dot_v1_dot_ca__pb2.X509SvidRecord.FromString,
+                _registered_method=True)
 
 
 class EntriesServicer:
@@ -291,6 +296,13 @@ class EntriesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateEntryKey(self, request, context):
+        """Makes the next generation of the entry's key and an SVID for it; the old key signs until the last certificate for it ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EntriesServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -318,6 +330,11 @@ def add_EntriesServicer_to_server(servicer, server):
                     servicer.DeleteEntry,
                     request_deserializer=keyreeve__common_dot_v1_dot_ca__pb2.DeleteEntryRequest.FromString,
                     response_serializer=keyreeve__common_dot_v1_dot_ca__pb2.DeleteEntryResponse.SerializeToString,
+            ),
+            'RotateEntryKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateEntryKey,
+                    request_deserializer=keyreeve__common_dot_v1_dot_ca__pb2.RotateEntryKeyRequest.FromString,
+                    response_serializer=keyreeve__common_dot_v1_dot_ca__pb2.X509SvidRecord.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -456,6 +473,33 @@ class Entries:
             '/keyreeve.ca.v1.Entries/DeleteEntry',
             keyreeve__common_dot_v1_dot_ca__pb2.DeleteEntryRequest.SerializeToString,
             keyreeve__common_dot_v1_dot_ca__pb2.DeleteEntryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateEntryKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/keyreeve.ca.v1.Entries/RotateEntryKey',
+            keyreeve__common_dot_v1_dot_ca__pb2.RotateEntryKeyRequest.SerializeToString,
+            keyreeve__common_dot_v1_dot_ca__pb2.X509SvidRecord.FromString,
             options,
             channel_credentials,
             insecure,

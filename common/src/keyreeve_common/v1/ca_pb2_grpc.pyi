@@ -107,6 +107,8 @@ class EntriesStub:
     ListEntries: _grpc.UnaryUnaryMultiCallable[_ca_pb2.ListEntriesRequest, _ca_pb2.ListEntriesResponse]
     UpdateEntry: _grpc.UnaryUnaryMultiCallable[_ca_pb2.UpdateEntryRequest, _ca_pb2.Entry]
     DeleteEntry: _grpc.UnaryUnaryMultiCallable[_ca_pb2.DeleteEntryRequest, _ca_pb2.DeleteEntryResponse]
+    RotateEntryKey: _grpc.UnaryUnaryMultiCallable[_ca_pb2.RotateEntryKeyRequest, _ca_pb2.X509SvidRecord]
+    """Makes the next generation of the entry's key and an SVID for it; the old key signs until the last certificate for it ends."""
 
 @_typing.type_check_only
 class EntriesAsyncStub(EntriesStub):
@@ -118,6 +120,8 @@ class EntriesAsyncStub(EntriesStub):
     ListEntries: _aio.UnaryUnaryMultiCallable[_ca_pb2.ListEntriesRequest, _ca_pb2.ListEntriesResponse]  # type: ignore[assignment]
     UpdateEntry: _aio.UnaryUnaryMultiCallable[_ca_pb2.UpdateEntryRequest, _ca_pb2.Entry]  # type: ignore[assignment]
     DeleteEntry: _aio.UnaryUnaryMultiCallable[_ca_pb2.DeleteEntryRequest, _ca_pb2.DeleteEntryResponse]  # type: ignore[assignment]
+    RotateEntryKey: _aio.UnaryUnaryMultiCallable[_ca_pb2.RotateEntryKeyRequest, _ca_pb2.X509SvidRecord]  # type: ignore[assignment]
+    """Makes the next generation of the entry's key and an SVID for it; the old key signs until the last certificate for it ends."""
 
 class EntriesServicer(metaclass=_abc_1.ABCMeta):
     """For administrators."""
@@ -156,6 +160,14 @@ class EntriesServicer(metaclass=_abc_1.ABCMeta):
         request: _ca_pb2.DeleteEntryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ca_pb2.DeleteEntryResponse, _abc.Awaitable[_ca_pb2.DeleteEntryResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def RotateEntryKey(
+        self,
+        request: _ca_pb2.RotateEntryKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ca_pb2.X509SvidRecord, _abc.Awaitable[_ca_pb2.X509SvidRecord]]:
+        """Makes the next generation of the entry's key and an SVID for it; the old key signs until the last certificate for it ends."""
 
 def add_EntriesServicer_to_server(servicer: EntriesServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

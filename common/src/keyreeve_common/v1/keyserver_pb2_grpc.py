@@ -194,6 +194,16 @@ class KeyAdminStub:
                 request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.CancelKeyDestructionRequest.SerializeToString,
                 response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
                 _registered_method=True)
+        self.RotateKey = channel.unary_unary(
+                '/keyreeve.keyserver.v1.KeyAdmin/RotateKey',
+                request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.RotateKeyRequest.SerializeToString,
+                response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
+                _registered_method=True)
+        self.RetireKey = channel.unary_unary(
+                '/keyreeve.keyserver.v1.KeyAdmin/RetireKey',
+                request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.RetireKeyRequest.SerializeToString,
+                response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
+                _registered_method=True)
         self.GetApprovalRequest = channel.unary_unary(
                 '/keyreeve.keyserver.v1.KeyAdmin/GetApprovalRequest',
                 request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.GetApprovalRequestRequest.SerializeToString,
@@ -260,6 +270,20 @@ class KeyAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateKey(self, request, context):
+        """Makes the next generation of an enabled key: same specification, a copy of its grants. The old one goes on signing. A retry gives the same key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetireKey(self, request, context):
+        """Has an enabled key disabled at a time: when the last certificate for it ends. A later call moves the time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetApprovalRequest(self, request, context):
         """What approvers are to sign (docs/protocol/approvals.md), for the destruction of a key or for a creation that asked for approvals.
         """
@@ -315,6 +339,16 @@ def add_KeyAdminServicer_to_server(servicer, server):
             'CancelKeyDestruction': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelKeyDestruction,
                     request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.CancelKeyDestructionRequest.FromString,
+                    response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.SerializeToString,
+            ),
+            'RotateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateKey,
+                    request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.RotateKeyRequest.FromString,
+                    response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.SerializeToString,
+            ),
+            'RetireKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetireKey,
+                    request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.RetireKeyRequest.FromString,
                     response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.SerializeToString,
             ),
             'GetApprovalRequest': grpc.unary_unary_rpc_method_handler(
@@ -544,6 +578,60 @@ class KeyAdmin:
             target,
             '/keyreeve.keyserver.v1.KeyAdmin/CancelKeyDestruction',
             keyreeve__common_dot_v1_dot_keyserver__pb2.CancelKeyDestructionRequest.SerializeToString,
+            keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/keyreeve.keyserver.v1.KeyAdmin/RotateKey',
+            keyreeve__common_dot_v1_dot_keyserver__pb2.RotateKeyRequest.SerializeToString,
+            keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetireKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/keyreeve.keyserver.v1.KeyAdmin/RetireKey',
+            keyreeve__common_dot_v1_dot_keyserver__pb2.RetireKeyRequest.SerializeToString,
             keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
             options,
             channel_credentials,

@@ -83,6 +83,10 @@ class KeyAdminStub:
     ScheduleKeyDestruction: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.ScheduleKeyDestructionRequest, _keyserver_pb2.Key]
     """Only a disabled key: it is destroyed when the waiting time is over, unless that is cancelled before. A second call changes nothing."""
     CancelKeyDestruction: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.CancelKeyDestructionRequest, _keyserver_pb2.Key]
+    RotateKey: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.RotateKeyRequest, _keyserver_pb2.Key]
+    """Makes the next generation of an enabled key: same specification, a copy of its grants. The old one goes on signing. A retry gives the same key."""
+    RetireKey: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.RetireKeyRequest, _keyserver_pb2.Key]
+    """Has an enabled key disabled at a time: when the last certificate for it ends. A later call moves the time."""
     GetApprovalRequest: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.GetApprovalRequestRequest, _keyserver_pb2.ApprovalRequest]
     """What approvers are to sign (docs/protocol/approvals.md), for the destruction of a key or for a creation that asked for approvals."""
     SubmitApprovals: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.SubmitApprovalsRequest, _keyserver_pb2.SubmitApprovalsResponse]
@@ -103,6 +107,10 @@ class KeyAdminAsyncStub(KeyAdminStub):
     ScheduleKeyDestruction: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.ScheduleKeyDestructionRequest, _keyserver_pb2.Key]  # type: ignore[assignment]
     """Only a disabled key: it is destroyed when the waiting time is over, unless that is cancelled before. A second call changes nothing."""
     CancelKeyDestruction: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.CancelKeyDestructionRequest, _keyserver_pb2.Key]  # type: ignore[assignment]
+    RotateKey: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.RotateKeyRequest, _keyserver_pb2.Key]  # type: ignore[assignment]
+    """Makes the next generation of an enabled key: same specification, a copy of its grants. The old one goes on signing. A retry gives the same key."""
+    RetireKey: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.RetireKeyRequest, _keyserver_pb2.Key]  # type: ignore[assignment]
+    """Has an enabled key disabled at a time: when the last certificate for it ends. A later call moves the time."""
     GetApprovalRequest: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.GetApprovalRequestRequest, _keyserver_pb2.ApprovalRequest]  # type: ignore[assignment]
     """What approvers are to sign (docs/protocol/approvals.md), for the destruction of a key or for a creation that asked for approvals."""
     SubmitApprovals: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.SubmitApprovalsRequest, _keyserver_pb2.SubmitApprovalsResponse]  # type: ignore[assignment]
@@ -168,6 +176,22 @@ class KeyAdminServicer(metaclass=_abc_1.ABCMeta):
         request: _keyserver_pb2.CancelKeyDestructionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_keyserver_pb2.Key, _abc.Awaitable[_keyserver_pb2.Key]]: ...
+
+    @_abc_1.abstractmethod
+    def RotateKey(
+        self,
+        request: _keyserver_pb2.RotateKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keyserver_pb2.Key, _abc.Awaitable[_keyserver_pb2.Key]]:
+        """Makes the next generation of an enabled key: same specification, a copy of its grants. The old one goes on signing. A retry gives the same key."""
+
+    @_abc_1.abstractmethod
+    def RetireKey(
+        self,
+        request: _keyserver_pb2.RetireKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keyserver_pb2.Key, _abc.Awaitable[_keyserver_pb2.Key]]:
+        """Has an enabled key disabled at a time: when the last certificate for it ends. A later call moves the time."""
 
     @_abc_1.abstractmethod
     def GetApprovalRequest(

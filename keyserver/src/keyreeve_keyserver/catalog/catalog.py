@@ -22,7 +22,7 @@ from sqlalchemy import URL, Connection, Engine, Table, delete, insert, inspect, 
 
 from keyreeve_keyserver.catalog.database import WRITE, open_engine, storage_errors
 from keyreeve_keyserver.catalog.grants import GrantRows
-from keyreeve_keyserver.catalog.key_life import IS_PENDING, KeyLifeRows
+from keyreeve_keyserver.catalog.key_life import IS_PENDING, KeyLifeRows, next_generation, succeed
 from keyreeve_keyserver.catalog.listen import CHANNEL
 from keyreeve_keyserver.catalog.quarantines import QuarantineRows, quarantine_entry
 from keyreeve_keyserver.catalog.records import (
@@ -113,13 +113,14 @@ class Catalog(GrantRows, KeyLifeRows, QuarantineRows):
     def begin_key(self, new: NewKey, *, now: datetime) -> KeyEntry:
         """The key that `new.request_id` stands for: the intent, made now or earlier, or the finished key.
 
-        Raises: Conflict when the request id was used for something else.
+        Raises: Conflict when the request id was used for something else, or the predecessor is rotated by another request.
         """
         digest = _digest_of(new)
         with self._write() as (connection, seq):
             row = connection.execute(select(keys).where(keys.c.request_id == new.request_id)).one_or_none()
             if row is None:
                 values = {
+                    **next_generation(connection, new),
                     "key_id": make_key_id(),
                     "request_id": new.request_id,
                     "request_digest": digest,
@@ -158,6 +159,8 @@ class Catalog(GrantRows, KeyLifeRows, QuarantineRows):
                 )
                 .returning(*_KEY_COLUMNS)
             ).one_or_none()
+            if row is not None and row.predecessor:
+                succeed(connection, row, seq)
         return None if row is None else key_entry(row)
 
     def abandon_key(self, key_id: KeyId) -> None:
@@ -205,7 +208,9 @@ class Catalog(GrantRows, KeyLifeRows, QuarantineRows):
             row = connection.execute(
                 update(keys)
                 .where(keys.c.key_id == key_id, keys.c.state.in_([state.value for state in from_states]), ~IS_PENDING)
-                .values(state=to.value, destroy_at=None, destruction_permit=None, state_reason=None, seq=seq)
+                .values(
+                    state=to.value, destroy_at=None, destruction_permit=None, state_reason=None, retire_at=None, seq=seq
+                )
                 .returning(*_KEY_COLUMNS)
             ).one_or_none()
         if row is not None:
@@ -270,4 +275,6 @@ def _digest_of(new: NewKey) -> str:
     }
     if new.jwt_profile is not None:  # only then, so that the intents of an earlier release are found again
         fields["jwt_profile"] = _profile_text(new.jwt_profile)
+    if new.predecessor:
+        fields["predecessor"] = new.predecessor
     return hashlib.sha256(canonical_json(fields)).hexdigest()

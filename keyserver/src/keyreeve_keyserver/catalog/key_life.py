@@ -10,19 +10,22 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from keyreeve_common.approvals import Approval
+from keyreeve_common.errors import Conflict, FailedPrecondition, KeyNotFound
 from keyreeve_common.key_id import KeyId
-from sqlalchemy import Connection, and_, delete, insert, or_, select, text, update
+from sqlalchemy import Connection, Row, and_, delete, insert, or_, select, text, update
 
-from keyreeve_keyserver.catalog.records import KeyEntry, key_entry, time_from_number, time_to_number
-from keyreeve_keyserver.catalog.schema import CREATING, approvals, keys
+from keyreeve_keyserver.catalog.records import KeyEntry, NewKey, key_entry, time_from_number, time_to_number
+from keyreeve_keyserver.catalog.schema import CREATING, approvals, grants, keys
 from keyreeve_keyserver.domain.keys import KeyState
 
 # Not the sealed record and the permit: whoever looks at keys has no use for them.
 _COLUMNS = [column for column in keys.columns if column.name not in ("sealed_record", "destruction_permit")]
 _POSTGRESQL_NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 IS_PENDING = and_(keys.c.state == KeyState.DISABLED.value, keys.c.destroy_at.is_not(None))
+RETIRED = "retired: its last certificate has ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class KeyLifeRows:
             row = connection.execute(
                 update(keys)
                 .where(keys.c.key_id == key_id, IS_PENDING)
-                .values(destroy_at=None, destruction_permit=None, seq=seq)
+                .values(destroy_at=None, destruction_permit=None, state_reason=None, seq=seq)
                 .returning(*_COLUMNS)
             ).one_or_none()
         return None if row is None else key_entry(row)
@@ -141,3 +144,58 @@ class KeyLifeRows:
         with self._read() as connection:
             query = select(approvals.c.approval).where(approvals.c.request_id == request_id)
             return list(connection.execute(query.order_by(approvals.c.approver)).scalars())
+
+    def set_retirement(self, key_id: KeyId, *, at: datetime) -> KeyEntry | None:
+        """When an enabled key is disabled by itself; a later call moves it. None: it is not enabled."""
+        with self._write() as (connection, seq):
+            row = connection.execute(
+                update(keys)
+                .where(keys.c.key_id == key_id, keys.c.state == KeyState.ENABLED.value)
+                .values(retire_at=time_to_number(at), seq=seq)
+                .returning(*_COLUMNS)
+            ).one_or_none()
+        return None if row is None else key_entry(row)
+
+    def retire_due(self, *, now: datetime) -> list[KeyEntry]:
+        """Disables what is due; each key is given to one replica."""
+        due = and_(keys.c.state == KeyState.ENABLED.value, keys.c.retire_at <= time_to_number(now))
+        with self._read() as connection:
+            if connection.execute(select(keys.c.key_id).where(due).limit(1)).first() is None:
+                return []
+        with self._write() as (connection, seq):
+            values = {"state": KeyState.DISABLED.value, "state_reason": RETIRED, "seq": seq}
+            return [
+                key_entry(row)
+                for row in connection.execute(update(keys).where(due).values(values).returning(*_COLUMNS))
+            ]
+
+    def retired_keys(self) -> list[KeyEntry]:
+        """Disabled since they were retired, and neither to be destroyed nor kept by somebody's word."""
+        wanted = and_(keys.c.state == KeyState.DISABLED.value, keys.c.state_reason == RETIRED, ~IS_PENDING)
+        with self._read() as connection:
+            return [key_entry(row) for row in connection.execute(select(*_COLUMNS).where(wanted))]
+
+
+def next_generation(connection: Connection, new: NewKey) -> dict[str, object]:
+    """The columns that name a key's place among its generations. Raises: Conflict, FailedPrecondition, KeyNotFound."""
+    if not new.predecessor:
+        return {}
+    before = connection.execute(select(*_COLUMNS).where(keys.c.key_id == new.predecessor)).one_or_none()
+    if before is None or before.state == CREATING:
+        raise KeyNotFound("no such key")
+    if before.state != KeyState.ENABLED.value:
+        raise FailedPrecondition("only an enabled key is rotated")
+    other = connection.execute(select(keys.c.request_id).where(keys.c.predecessor == new.predecessor)).scalar()
+    if other is not None:
+        raise Conflict(f"the key is rotated by request {other}; rotate its successor, or repeat that request")
+    return {"predecessor": new.predecessor, "generation": (before.generation or 1) + 1}
+
+
+def succeed(connection: Connection, made: Row[Any], seq: int) -> None:
+    """Names the new key in its predecessor, and copies that one's grants: revoked ones too, so that a revocation stays one."""
+    connection.execute(update(keys).where(keys.c.key_id == made.predecessor).values(successor=made.key_id, seq=seq))
+    own = {"key_id": made.key_id, "seq": seq}
+    rows = connection.execute(select(grants).where(grants.c.key_id == made.predecessor)).mappings()
+    copies = [{**row, **own} for row in rows]
+    if copies:
+        connection.execute(insert(grants), copies)

@@ -39,6 +39,7 @@ class NewKey:
     label: str
     authority_profile: AuthorityProfile | None = None
     jwt_profile: JwtProfile | None = None
+    predecessor: str = ""  # the key that this one is the next generation of
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -33,7 +34,13 @@ from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.key_life import KeyLifeService
-from keyreeve_keyserver.frontend.protos import key_to_proto, new_key_from_proto, time_from_proto, wait_from_proto
+from keyreeve_keyserver.frontend.protos import (
+    checked_request_id,
+    key_to_proto,
+    new_key_from_proto,
+    time_from_proto,
+    wait_from_proto,
+)
 from keyreeve_keyserver.frontend.signer_link import SignerLink
 
 DEFAULT_PAGE, MAX_PAGE = 100, 1000
@@ -113,6 +120,32 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         self, request: keyserver_pb2.CancelKeyDestructionRequest, context: Any
     ) -> keyserver_pb2.Key:
         return self._shown(await self._life.cancel_destruction(parse_key_id(request.key_id)))
+
+    async def RotateKey(self, request: keyserver_pb2.RotateKeyRequest, context: Any) -> keyserver_pb2.Key:
+        """The grants come along in the transaction that makes the key known; this replica reads them at once."""
+        before = await self._threads.run(self._catalog.key, parse_key_id(request.key_id))
+        new = NewKey(
+            request_id=checked_request_id(request.request_id),
+            key_type=before.key_type,
+            role=before.role,
+            purposes=before.purposes,
+            backend=before.backend,
+            label=before.label,
+            authority_profile=before.authority_profile,
+            jwt_profile=before.jwt_profile,
+            predecessor=before.key_id,
+        )
+        entry = await self.make_key(new, current_peer().name)
+        log("key_rotated", caller=current_peer().name, key_id=before.key_id, successor=entry.key_id)
+        with suppress(KeyreeveError):  # the next look at the catalog brings them too
+            await self._access.refresh()
+        return self._shown(entry)
+
+    async def RetireKey(self, request: keyserver_pb2.RetireKeyRequest, context: Any) -> keyserver_pb2.Key:
+        if not request.HasField("retire_at"):
+            raise InvalidRequest("retire_at: is missing")
+        at = time_from_proto(request.retire_at, "retire_at")
+        return self._shown(await self._life.retire(parse_key_id(request.key_id), at=at))
 
     async def GetApprovalRequest(
         self, request: keyserver_pb2.GetApprovalRequestRequest, context: Any

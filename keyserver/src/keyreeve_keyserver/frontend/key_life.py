@@ -79,6 +79,7 @@ class KeyLifeService:
         self._link = link
         self._engine = engine
         self._wait = config.keys.destruction_wait
+        self._destroys_retired = config.keys.destroy_retired
         self._timeout_s = config.limits.control_timeout.total_seconds()
         self._clock = clock
         self._steady = SteadyClock()
@@ -93,7 +94,7 @@ class KeyLifeService:
             raise InvalidRequest(f"after: the shortest waiting time here is {int(self._wait / _SECOND)} s")
         entry = await self._threads.run(self._threads.catalog.key, key_id)
         if entry.state is KeyState.DISABLED:
-            entry = await self._schedule(entry, wait, approvals)
+            entry = await self._schedule(entry, wait, approvals, current_peer().name)
         if entry.state not in (KeyState.PENDING_DESTRUCTION, KeyState.DESTROYED):
             assert entry.state is not None  # noqa: S101 - `key` gives finished keys only
             raise FailedPrecondition(f"the key is {entry.state.value}; it must be disabled for this")
@@ -102,7 +103,7 @@ class KeyLifeService:
             entry = await self._threads.run(self._threads.catalog.key, key_id)
         return entry
 
-    async def _schedule(self, entry: KeyEntry, wait: timedelta, approvals: Sequence[str]) -> KeyEntry:
+    async def _schedule(self, entry: KeyEntry, wait: timedelta, approvals: Sequence[str], caller: str) -> KeyEntry:
         catalog = self._threads.catalog
         record = await self._threads.run(catalog.sealed_record, entry.key_id)
         if record is None:
@@ -117,7 +118,6 @@ class KeyLifeService:
         done = await self._threads.run(catalog.schedule_destruction, entry.key_id, at=at, permit=permit)
         if done is None:  # another administrator was first
             return await self._threads.run(catalog.key, entry.key_id)
-        caller = current_peer().name
         log("key_destruction_scheduled", caller=caller, key_id=entry.key_id, destroy_at=at.isoformat())
         self._access.apply_key(done)
         return done
@@ -182,6 +182,17 @@ class KeyLifeService:
         self._access.apply_key(entry)
         return entry
 
+    async def retire(self, key_id: KeyId, *, at: datetime) -> KeyEntry:
+        """Has an enabled key disabled at this time. Raises: FailedPrecondition."""
+        entry = await self._threads.run(self._threads.catalog.set_retirement, key_id, at=at)
+        if entry is None:
+            entry = await self._threads.run(self._threads.catalog.key, key_id)
+            assert entry.state is not None  # noqa: S101 - `key` gives finished keys only
+            raise FailedPrecondition(f"the key is {entry.state.value}; only an enabled one is retired")
+        log("key_retirement_set", caller=current_peer().name, key_id=key_id, retire_at=at.isoformat())
+        self._access.apply_key(entry)
+        return entry
+
     async def reap(self, interval: timedelta) -> None:
         """Rounds until it is cancelled. What fails is tried again in the next one."""
         while True:
@@ -197,6 +208,12 @@ class KeyLifeService:
     async def _reap_due(self) -> None:
         catalog = self._threads.catalog
         now = self._steady(await self._threads.run(catalog.database_time, self._clock()))
+        for entry in await self._threads.run(catalog.retire_due, now=now):
+            log("key_state_changed", caller="reaper", key_id=entry.key_id, state=KeyState.DISABLED.value)
+            self._access.apply_key(entry)
+            self._engine.forget(entry.key_id)
+        if self._destroys_retired:
+            await self._schedule_retired()
         for entry in await self._threads.run(catalog.begin_destructions, now=now):
             log("key_state_changed", caller="reaper", key_id=entry.key_id, state=KeyState.DESTROYED.value)
             self._access.apply_key(entry)
@@ -206,6 +223,15 @@ class KeyLifeService:
                 self._failing.pop(doomed.key_id, None)
             except KeyreeveError as error:
                 self._complain(doomed.key_id, error)
+
+    async def _schedule_retired(self) -> None:
+        """Where approvals are asked for this waits for an administrator who has them."""
+        for entry in await self._threads.run(self._threads.catalog.retired_keys):
+            try:
+                await self._schedule(entry, self._wait, (), "reaper")
+                self._failing.pop(entry.key_id, None)
+            except KeyreeveError as error:
+                self._complain(entry.key_id, error)
 
     async def _destroy(self, doomed: Doomed) -> None:
         permit = {"permit": _base64(doomed.permit)} if doomed.permit else {}

@@ -47,8 +47,7 @@ _MAX_WAIT_SECONDS = 10 * 366 * 86_400
 
 def new_key_from_proto(request: keyserver_pb2.CreateKeyRequest, own: TrustDomain) -> NewKey:
     """Raises: InvalidRequest, which names the field."""
-    if _REQUEST_ID.fullmatch(request.request_id) is None:
-        raise InvalidRequest("request_id: 1 to 128 visible ASCII characters, chosen anew for each key")
+    checked_request_id(request.request_id)
     if len(request.label.encode()) > MAX_LABEL_BYTES or not request.label.isprintable():
         raise InvalidRequest(f"label: at most {MAX_LABEL_BYTES} bytes, printable")
     if request.backend and _BACKEND.fullmatch(request.backend) is None:
@@ -73,6 +72,13 @@ def new_key_from_proto(request: keyserver_pb2.CreateKeyRequest, own: TrustDomain
         authority_profile=profile,
         jwt_profile=jwt_profile,
     )
+
+
+def checked_request_id(text: str) -> str:
+    """Raises: InvalidRequest."""
+    if _REQUEST_ID.fullmatch(text) is None:
+        raise InvalidRequest("request_id: 1 to 128 visible ASCII characters, chosen anew for each key")
+    return text
 
 
 def key_to_proto(entry: KeyEntry, *, signatures: int) -> keyserver_pb2.Key:

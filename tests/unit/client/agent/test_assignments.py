@@ -129,3 +129,17 @@ def test_bundles() -> None:
     ):
         with pytest.raises(SvidInvalid):
             parse_bundle(bad, TD)
+
+
+def test_former_key_is_used_by_whom_the_entry_names_and_goes_with_it() -> None:
+    """A proxy that has not reloaded since its key was rotated."""
+    keys = CurrentKeys(parse(assignment(former_key_ids=["key-old"])))
+    keys.check(KeyId("key-old"), ME)
+    keys.check(KeyId("key-web"), ME)
+    for nobody in (frozenset(), frozenset({Selector("unix", "uid:2")})):
+        with pytest.raises(KeyNotFound):
+            keys.check(KeyId("key-old"), nobody)
+    assert [each.key_id for each in keys.state.assignments] == ["key-web"]
+    with pytest.raises(KeyNotFound):
+        CurrentKeys(parse(assignment())).check(KeyId("key-old"), ME)
+    assert parse(assignment(former_key_ids=["NOT A KEY ID"])).refused
