@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import os
 import signal
@@ -23,6 +24,7 @@ from keyreeve_common.errors import (
     DeadlineExceeded,
     KeyNotFound,
     KeySelfTestFailed,
+    SchemeNotSupported,
     SealedRecordInvalid,
     StorageFull,
     TokenPinIncorrect,
@@ -145,6 +147,33 @@ async def test_every_scheme_verifies(backend: Backend, key_type: KeyType) -> Non
     outcomes = await backend.sign([request_for(record, scheme) for scheme in schemes])
     for scheme, outcome in zip(schemes, outcomes, strict=True):
         verify(record, scheme, outcome)
+
+
+@pytest.mark.parametrize("key_type", [KeyType.EC_P256, KeyType.EC_P384, KeyType.RSA_2048])
+async def test_a_signed_digest_is_the_signature_of_its_message(backend: Backend, key_type: KeyType) -> None:
+    """With every scheme, beside whole messages of the same batch: neither is taken for the other."""
+    record = await loaded_key(backend, key_type)
+    schemes = [scheme for scheme in schemes_of(key_type) if scheme in backend.capabilities().schemes]
+    requests = [request_for(record, scheme) for scheme in schemes]
+    digests = [hashlib.new(scheme.facts.hash_name, MESSAGE).digest() for scheme in schemes]
+    requests += [
+        replace(request_for(record, scheme, digest), prehashed=True)
+        for scheme, digest in zip(schemes, digests, strict=True)
+    ]
+    outcomes = await backend.sign(requests)
+    for scheme, outcome in zip([*schemes, *schemes], outcomes, strict=True):
+        verify(record, scheme, outcome)
+
+
+async def test_ed25519_signs_no_digest(backend: Backend) -> None:
+    if KeyType.ED25519 not in backend.capabilities().key_types:
+        pytest.skip(f"{backend.name} does not offer ed25519")
+    record = await loaded_key(backend, KeyType.ED25519)
+    whole, digest = await backend.sign(
+        [request_for(record), replace(request_for(record, message=bytes(64)), prehashed=True)]
+    )
+    verify(record, SignatureScheme.ED25519, whole)
+    assert isinstance(digest, SchemeNotSupported)
 
 
 async def test_capabilities_are_what_these_backends_have(backend: Backend) -> None:

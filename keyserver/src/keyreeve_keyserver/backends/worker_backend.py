@@ -21,6 +21,7 @@ from keyreeve_common.errors import (
     KeyNotFound,
     KeyreeveError,
     KeyTypeNotSupported,
+    SchemeNotSupported,
     SealedRecordInvalid,
     TokenUnavailable,
 )
@@ -175,14 +176,14 @@ class WorkerBackend:
             await self._pool.tell_all(frames.Destroy(record.backend_ref), within=2 * self._policy.call_timeout)
 
     async def sign(self, requests: Sequence[SignRequest]) -> list[SignOutcome]:
-        outcomes: list[SignOutcome] = [KeyNotFound() for _ in requests]
+        outcomes: list[SignOutcome] = [_refusal_of(request) for request in requests]
         await asyncio.gather(*(self._sign_chunk(chunk, outcomes) for chunk in self._chunks(requests)))
         return outcomes
 
     def _chunks(self, requests: Sequence[SignRequest]) -> list[list[tuple[int, SignRequest]]]:
         lanes: dict[Hashable, list[tuple[int, SignRequest]]] = {}
         for index, request in enumerate(requests):
-            if self._loaded_by(request) is not None:
+            if self._loaded_by(request) is not None and not _is_digest_of_ed25519(request):
                 lanes.setdefault(self._lane_of(request), []).append((index, request))
         return [
             lane[at : at + size]
@@ -267,3 +268,15 @@ class WorkerBackend:
         if not isinstance(answer, frames.Done):
             raise Internal("the worker gave an answer to another question")
         return answer.answer
+
+
+def _is_digest_of_ed25519(request: SignRequest) -> bool:
+    """Some tokens would sign it, and what they sign is another algorithm (Ed25519ph)."""
+    return request.prehashed and not request.scheme.facts.hash_name
+
+
+def _refusal_of(request: SignRequest) -> SignOutcome:
+    """The outcome of a request that is not sent to a worker."""
+    if _is_digest_of_ed25519(request):
+        return SchemeNotSupported(f"scheme {request.scheme.iana_name} takes the message whole, never a digest")
+    return KeyNotFound()

@@ -6,7 +6,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from hypothesis import given
 from hypothesis import strategies as st
-from keyreeve_common.errors import Internal
+from keyreeve_common.errors import Internal, PurposeMismatch, SchemeNotSupported
 from keyreeve_common.schemes import KeyType, SignatureScheme
 
 mechanisms = pytest.importorskip("keyreeve_keyserver.backends.pkcs11_mechanisms")
@@ -45,3 +45,28 @@ def test_what_a_token_lacks_is_not_offered() -> None:
     assert KeyType.ED25519 not in mechanisms.key_types_offered(without)
     assert SignatureScheme.ED25519 not in mechanisms.schemes_offered(without)
     assert KeyType.EC_P256 not in mechanisms.key_types_offered(every - {mechanisms.Mechanism.EC_KEY_PAIR_GEN})
+
+
+def test_digests_go_to_mechanisms_that_hash_nothing() -> None:
+    bare = {"ECDSA", "RSA_PKCS", "RSA_PKCS_PSS"}
+    for scheme in set(SignatureScheme) - {SignatureScheme.ED25519}:
+        how = mechanisms.digest_mechanism(scheme)
+        assert how.mechanism.name in bare
+        assert how.parameter == mechanisms.SIGN_MECHANISMS[scheme].parameter
+    with pytest.raises(SchemeNotSupported):
+        mechanisms.digest_mechanism(SignatureScheme.ED25519)
+
+
+def test_pkcs1_digests_stand_in_a_digest_info() -> None:
+    """Spec: RFC 8017 9.2 note 1."""
+    for scheme, head in (
+        (SignatureScheme.RSA_PKCS1_SHA256, "3031300d060960864801650304020105000420"),
+        (SignatureScheme.RSA_PKCS1_SHA384, "3041300d060960864801650304020205000430"),
+        (SignatureScheme.RSA_PKCS1_SHA512, "3051300d060960864801650304020305000440"),
+    ):
+        size = int(head[-2:], 16)
+        assert mechanisms.digest_input(scheme, b"d" * size).hex() == head + "64" * size
+        for wrong in (0, 20, size - 1, size + 1):
+            with pytest.raises(PurposeMismatch):
+                mechanisms.digest_input(scheme, bytes(wrong))
+    assert mechanisms.digest_input(SignatureScheme.RSA_PSS_RSAE_SHA256, bytes(32)) == bytes(32)
