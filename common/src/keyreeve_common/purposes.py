@@ -59,6 +59,7 @@ PURPOSES_OF_ROLE: dict[KeyRole, frozenset[Purpose]] = {
     ),
     KeyRole.JWT_AUTHORITY: frozenset({Purpose.JWT_SVID}),
 }
+AUTHORITY_ROLES = frozenset({KeyRole.AUTHORITY, KeyRole.JWT_AUTHORITY})
 # What a key signs only where its sealed record and the grant name it; nothing gives these by default.
 OPT_IN_PURPOSES = frozenset({Purpose.TLS12_SERVER_KEY_EXCHANGE, Purpose.TLS12_CLIENT_VERIFY, Purpose.DIGEST})
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from keyreeve_common.errors import ErrorCode, InvalidRequest
 from keyreeve_common.key_id import KeyId
-from keyreeve_common.purposes import KeyRole
+from keyreeve_common.purposes import AUTHORITY_ROLES, KeyRole
 from keyreeve_common.trace import REQUEST_ID_BYTES
 from keyreeve_common.transparency.records import (
     NO_REQUEST_ID,
@@ -60,7 +60,7 @@ def _sign_record(caller: str, item: SignItem, result: SignResult, role: KeyRole 
         purpose=item.purpose,
         scheme=item.scheme,
         code=0 if isinstance(result, Signed) else result.error.rendering.wire,
-        marks=marks_of(item.purpose, authority_key=role is KeyRole.AUTHORITY),
+        marks=marks_of(item.purpose, authority_key=role in AUTHORITY_ROLES),
         message_hash=sha256(item.message).digest(),
         signature_hash=sha256(result.signature).digest() if isinstance(result, Signed) else b"",
     )
@@ -73,7 +73,7 @@ def key_record(event: Event, record: KeyRecord, *, time_us: int) -> AuditRecord:
         source=Source.SIGNER,
         event=event.value,
         key_id=record.key_id,
-        marks=Mark.AUTHORITY if record.role is KeyRole.AUTHORITY else Mark(0),
+        marks=Mark.AUTHORITY if record.role in AUTHORITY_ROLES else Mark(0),
         details=(
             ("backend", record.backend),
             ("key_type", record.key_type.value),
