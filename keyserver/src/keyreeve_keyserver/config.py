@@ -87,6 +87,8 @@ class Limits:
     drain_timeout: timedelta = timedelta(seconds=10)
     batches_per_stream: int = 32
     bytes_in_flight: int = 134_217_728
+    queue_items: int = 4_096
+    queue_time: timedelta = timedelta(seconds=1)
     rates: Rates = field(default_factory=Rates)
 
     def __post_init__(self) -> None:
@@ -95,6 +97,9 @@ class Limits:
         _require_range("drain_timeout", self.drain_timeout, low="100ms", high="5m")
         if not 1 <= self.batches_per_stream <= 1024:
             raise ConfigInvalid("batches_per_stream: allowed are 1 to 1024")
+        if not 16 <= self.queue_items <= 1_000_000:
+            raise ConfigInvalid("queue_items: allowed are 16 to 1000000")
+        _require_range("queue_time", self.queue_time, low="10ms", high="60s")
         if self.bytes_in_flight < 33_554_432:
             raise ConfigInvalid("bytes_in_flight: at least 33554432, so that two full batches fit")
 

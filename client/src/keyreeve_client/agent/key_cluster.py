@@ -40,6 +40,7 @@ _FAULTS = {
     ErrorCode.UNAVAILABLE: Fault.ERROR,
     ErrorCode.STORAGE_FULL: Fault.ERROR,
     ErrorCode.STORAGE_BUSY: Fault.ERROR,
+    ErrorCode.AUDIT_UNAVAILABLE: Fault.ERROR,
     ErrorCode.TOKEN_UNAVAILABLE: Fault.CLASS,
     ErrorCode.DEADLINE_EXCEEDED: Fault.CLASS,  # said by the key server: its backend is slow, or its own bound is short
     ErrorCode.OVERLOADED: Fault.SHED,
@@ -144,7 +145,8 @@ class KeyCluster:
         server, now = self.servers[index], asyncio.get_running_loop().time()
         was = server.replica.state
         self.balancer.failed(index, scheme, now, fault=fault, retry_after_s=retry_s)
-        self._away(server, error)
+        if fault is not Fault.SHED:  # one that sheds load serves: it is neither lost nor back at each turn
+            self._away(server, error)
         self._log_ejection(server, was, error.detail)
 
     def note_silence(self, index: int) -> None:

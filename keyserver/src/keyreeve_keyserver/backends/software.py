@@ -1,4 +1,5 @@
-"""Software keys: in this process's memory while loaded, sealed outside it otherwise. Signs with `cryptography` in worker threads.
+"""Software keys: in this process's memory while loaded, sealed outside it otherwise. Signs with `cryptography` in worker threads, which the
+types of key share fairly: P-256 does not wait for a queue of RSA-4096.
 
 Spec: RFC 8017 (RSA results are verified before release, against faults in CRT), RFC 6979 is not used: OpenSSL takes nonces from the
 operating system's generator.
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar, cast
 
 from cryptography.exceptions import InvalidSignature
@@ -38,6 +40,7 @@ from keyreeve_common.key_id import KeyId
 from keyreeve_common.schemes import KeyFamily, KeyType, SignatureScheme, check_scheme_fits
 from keyreeve_common.verification import hash_algorithm, rsa_padding
 
+from keyreeve_keyserver.backends.lane_pool import LanePool
 from keyreeve_keyserver.backends.ports import (
     BackendHealth,
     BackendState,
@@ -59,8 +62,26 @@ _GENERATORS: dict[KeyType, Callable[[], PrivateKey]] = {
     KeyType.RSA_3072: lambda: rsa.generate_private_key(65537, 3072),
     KeyType.RSA_4096: lambda: rsa.generate_private_key(65537, 4096),
 }
-# How many requests one thread takes at a time: enough to make the hand-over cheap, few enough to spread a batch over the threads.
-_CHUNKS = {KeyFamily.EC_P256: 32, KeyFamily.EC_P384: 8, KeyFamily.ED25519: 32, KeyFamily.RSA: 4}
+# How many requests one thread takes at a time: enough to make the hand-over cheap, few enough to spread a batch over the threads. No piece takes
+# much over two milliseconds, since that is what work of another type may have to wait for.
+_CHUNKS = {
+    KeyType.EC_P256: 32,
+    KeyType.EC_P384: 8,
+    KeyType.ED25519: 32,
+    KeyType.RSA_2048: 4,
+    KeyType.RSA_3072: 1,
+    KeyType.RSA_4096: 1,
+}
+# Shares of processor time while all types have work: a flood of large keys leaves most of it to handshakes with small ones.
+_WEIGHTS = {
+    KeyType.EC_P256: 8.0,
+    KeyType.EC_P384: 4.0,
+    KeyType.ED25519: 8.0,
+    KeyType.RSA_2048: 4.0,
+    KeyType.RSA_3072: 1.0,
+    KeyType.RSA_4096: 1.0,
+}
+_EXPRESS = (KeyType.EC_P256, KeyType.ED25519)
 _T = TypeVar("_T")
 _Work = list[tuple[int, SignRequest]]
 
@@ -78,7 +99,9 @@ class SoftwareBackend:
         self._name = name
         self._keys: dict[KeyId, _Loaded] = {}
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix=f"sign-{name}")
+        self._lanes = LanePool(self._threads, _WEIGHTS, name=f"sign-{name}", express=_EXPRESS)
+        # Making an RSA key takes seconds: not in a thread that signs.
+        self._background = ThreadPoolExecutor(1, thread_name_prefix=f"make-{name}")
         self._waiting = 0
 
     @property
@@ -90,7 +113,8 @@ class SoftwareBackend:
 
     async def close(self) -> None:
         self._keys.clear()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._background.shutdown(wait=True, cancel_futures=True)
+        await asyncio.to_thread(self._lanes.close)
 
     def capabilities(self) -> Capabilities:
         return Capabilities(Custody.SEALED_SOFTWARE, tuple(KeyType), tuple(sorted(SignatureScheme)))
@@ -130,10 +154,12 @@ class SoftwareBackend:
 
     async def sign(self, requests: Sequence[SignRequest]) -> list[SignOutcome]:
         outcomes: list[SignOutcome] = [Internal("request was not reached")] * len(requests)
-        loop = asyncio.get_running_loop()
         self._waiting += len(requests)
         try:
-            jobs = [loop.run_in_executor(self._pool, self._sign_chunk, chunk) for chunk in _chunks(requests)]
+            jobs = [
+                asyncio.wrap_future(self._lanes.submit(key_type, partial(self._sign_chunk, chunk)))
+                for key_type, chunk in _chunks(requests)
+            ]
             for done in await asyncio.gather(*jobs):
                 for index, outcome in done:
                     outcomes[index] = outcome
@@ -162,16 +188,18 @@ class SoftwareBackend:
             return Internal("the software key failed to sign")
 
     async def _run(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        return await asyncio.get_running_loop().run_in_executor(self._background, work)
 
 
-def _chunks(requests: Sequence[SignRequest]) -> list[_Work]:
-    """The requests by kind of key, cut into the pieces that one thread signs at a time."""
-    lanes: dict[KeyFamily, _Work] = {}
+def _chunks(requests: Sequence[SignRequest]) -> list[tuple[KeyType, _Work]]:
+    """The requests by type of key, cut into the pieces that one thread signs at a time."""
+    lanes: dict[KeyType, _Work] = {}
     for index, request in enumerate(requests):
-        lanes.setdefault(request.record.key_type.family, []).append((index, request))
+        lanes.setdefault(request.record.key_type, []).append((index, request))
     return [
-        lane[at : at + _CHUNKS[family]] for family, lane in lanes.items() for at in range(0, len(lane), _CHUNKS[family])
+        (key_type, lane[at : at + _CHUNKS[key_type]])
+        for key_type, lane in lanes.items()
+        for at in range(0, len(lane), _CHUNKS[key_type])
     ]
 
 

@@ -49,7 +49,7 @@ from keyreeve_keyserver.domain.keys import AuthorityProfile, JwtProfile, KeyStat
 
 _SCHEMA_LOCK = 0x6B657972  # PostgreSQL advisory lock, so that two replicas do not make the tables at once
 _KEY_COLUMNS = [column for column in keys.columns if column.name not in ("sealed_record", "destruction_permit")]
-_FACTS_COLUMNS = [keys.c.key_id, keys.c.role, keys.c.purposes, keys.c.state, keys.c.seq]
+_FACTS_COLUMNS = [*(keys.c[name] for name in ("key_id", "role", "purposes", "state", "key_type", "backend", "seq"))]
 
 
 class Catalog(GrantRows, KeyLifeRows, QuarantineRows):

@@ -76,7 +76,7 @@ class KeyEntry:
     @property
     def facts(self) -> KeyFacts:
         assert self.state is not None  # noqa: S101 - entries in creation never leave the catalog's own flow
-        return KeyFacts(self.key_id, self.role, self.purposes, self.state)
+        return KeyFacts(self.key_id, self.role, self.purposes, self.state, _work_class(self.key_type, self.backend))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +130,18 @@ def key_entry(row: Row[Any]) -> KeyEntry:
 
 
 def key_facts(row: Row[Any]) -> tuple[KeyFacts, int]:
-    facts = KeyFacts(KeyId(row.key_id), KeyRole(row.role), purposes_from_text(row.purposes), KeyState(row.state))
+    facts = KeyFacts(
+        KeyId(row.key_id),
+        KeyRole(row.role),
+        purposes_from_text(row.purposes),
+        KeyState(row.state),
+        _work_class(row.key_type, row.backend),
+    )
     return facts, row.seq
+
+
+def _work_class(key_type: str, backend: str) -> str:
+    return f"{key_type}/{backend}"
 
 
 def grant_entry(row: Row[Any]) -> GrantEntry:

@@ -22,12 +22,13 @@ LOCAL_PURPOSES = frozenset({Purpose.X509_CERTIFICATE, Purpose.CERTIFICATE_REQUES
 
 @dataclass(frozen=True, slots=True)
 class KeyFacts:
-    """What policy needs to know of a key."""
+    """What policy needs to know of a key. `work_class` is what its signatures cost and where: "rsa-4096/software"."""
 
     key_id: KeyId
     role: KeyRole
     purposes: frozenset[Purpose]
     state: KeyState
+    work_class: str = ""
 
 
 @dataclass(frozen=True, slots=True)

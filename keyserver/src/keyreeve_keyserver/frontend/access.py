@@ -95,6 +95,11 @@ class Access:
         if caller != LOCAL and (quarantine := self._quarantines.get(caller)) is not None:
             quarantine[0].check(now)
 
+    def work_class(self, key_id: str) -> str:
+        """What signatures of this key cost and where; empty for a key that is not known."""
+        key = self._keys.get(key_id)
+        return key[0].work_class if key else ""
+
     def require_fresh(self) -> None:
         """Raises: Unavailable."""
         if not self.is_fresh:

@@ -25,6 +25,7 @@ from keyreeve_keyserver.catalog.catalog import Catalog
 from keyreeve_keyserver.catalog.listen import ChangeListener
 from keyreeve_keyserver.config import KeyServerConfig
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
+from keyreeve_keyserver.frontend.admission import Admission
 from keyreeve_keyserver.frontend.canary import Canaries
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.freshness import FreshnessWatch
@@ -183,12 +184,18 @@ class FrontEnd:
         access = Access(threads, max_staleness=config.catalog.max_staleness)
         metrics = self._metrics
         self._link.on_spans = self._traces.add
+        admission = Admission(
+            access.work_class,
+            max_items=config.limits.queue_items,
+            max_wait_s=config.limits.queue_time.total_seconds(),
+        )
         engine = SigningEngine(
             self._link,
             threads,
             control_timeout=config.limits.control_timeout,
             metrics=metrics,
             traces=self._traces,
+            admission=admission,
         )
         access.on_disabled = engine.forget
         engine.on_faulty = access.apply_key

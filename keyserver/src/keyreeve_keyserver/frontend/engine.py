@@ -20,6 +20,7 @@ from keyreeve_keyserver.catalog.records import KeyEntry
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import CatalogThreads
+from keyreeve_keyserver.frontend.admission import Admission
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import OnResults, SignerLink
 from keyreeve_keyserver.frontend.traces import RequestTraces
@@ -35,6 +36,7 @@ class SigningEngine:
         *,
         control_timeout: timedelta,
         metrics: FrontEndMetrics,
+        admission: Admission,
         traces: RequestTraces | None = None,
     ) -> None:
         self._link = link
@@ -44,17 +46,19 @@ class SigningEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self.metrics = metrics
         self._traces = traces or RequestTraces(Tracing())
+        self._admission = admission
         self.signatures: Counter[str] = Counter()
         self.on_faulty: Callable[[KeyEntry], None] = lambda _: (
             None
         )  # a key that was disabled since it failed its self-test
 
     def submit(self, caller: str, items: Sequence[SignItem], on_results: OnResults, *, timeout_s: float) -> None:
-        """Every item's result reaches `on_results` exactly once; items have distinct ids."""
+        """Every item's result reaches `on_results` exactly once; items have distinct ids. What is too much is refused at once."""
         items, on_results = self._traces.follow(items, on_results)
         by_id = {item.id: item for item in items}
         began = monotonic()
         self.metrics.submitted()
+        ticket = self._admission.admit(caller, items, began)
 
         def first_answer(results: Sequence[SignResult]) -> None:
             unloaded = [by_id[result.id] for result in results if type(result) is Refused and _is_unloaded(result)]
@@ -66,11 +70,17 @@ class SigningEngine:
             self._spawn(self._load_and_resend(caller, unloaded, final_answer, timeout_s))
 
         def final_answer(results: Sequence[SignResult]) -> None:
+            now = monotonic()
+            ticket.finish(results, now)
             self.signatures.update([by_id[result.id].key_id for result in results if type(result) is Signed])
-            self.metrics.finished(by_id, results, monotonic() - began)
+            self.metrics.finished(by_id, results, now - began)
             on_results(results)
 
-        self._link.submit(caller, items, first_answer, timeout_s=timeout_s)
+        if ticket.shed:
+            self.metrics.finished(by_id, ticket.shed, 0.0)
+            on_results(ticket.shed)
+        if ticket.admitted:
+            self._link.submit(caller, ticket.admitted, first_answer, timeout_s=timeout_s)
 
     def forget(self, key_id: KeyId) -> None:
         """Has the signer drop a key that was disabled or destroyed; it would refuse nothing by itself."""

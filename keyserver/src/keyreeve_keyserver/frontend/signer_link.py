@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from keyreeve_common.errors import DeadlineExceeded, KeyreeveError, MalformedFrame, Unavailable
+from keyreeve_common.errors import DeadlineExceeded, KeyreeveError, MalformedFrame, Overloaded, Unavailable
 from keyreeve_common.telemetry import log, log_error, log_warning
 
 from keyreeve_keyserver import frames
@@ -254,8 +254,8 @@ def _not_connected() -> Unavailable:
     return Unavailable("the signer is not connected; see the signer's log on the key host", retry_after=RETRY_AFTER)
 
 
-def _overloaded() -> Unavailable:
-    return Unavailable("too many messages are in flight here; retry, or use another replica", retry_after=RETRY_AFTER)
+def _overloaded() -> Overloaded:
+    return Overloaded("too many messages are in flight here; retry, or use another replica", retry_after=RETRY_AFTER)
 
 
 def _advice(error: OSError) -> str:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from keyreeve_common.errors import (
+    ErrorCode,
     Internal,
     InvalidRequest,
     KeyreeveError,
@@ -37,6 +37,7 @@ from keyreeve_keyserver.frontend.release import ReleaseGate
 
 _MAX_SCHEME = 0xFFFF
 _MAX_REFUSAL_LINES = 16
+_ITEMS_PER_BATCH = 64
 # A provider declares no purpose for what it does not recognise.
 _NO_PURPOSE = (
     "purpose unspecified is never signed: the message is no handshake of TLS 1.2 with ECDHE or of TLS 1.3, and no certificate "
@@ -90,9 +91,8 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
             stream.end(_draining())
         try:
             while (answer := await stream.answers.get()) is not None:
-                yield answer.results
-                if answer.ends_batch:
-                    stream.release()
+                yield answer
+                stream.release(len(answer.results))
         finally:
             self._streams.discard(stream)
             reader.cancel()
@@ -160,32 +160,31 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         raise result.error
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    results: keyserver_pb2.SignResultBatch
-    ends_batch: bool
-
-
 class _Stream:
-    """One SignStream: at most `batches_per_stream` batches between their reading and the sending of their last result.
+    """One SignStream: about `batches_per_stream` batches' worth of items between their reading and the sending of their results.
 
-    Then reading waits, and HTTP/2 holds the client back: one that sends and never reads costs bounded memory.
+    Then reading waits, and HTTP/2 holds the client back: one that sends and never reads costs bounded memory. Items are counted, not
+    batches: a batch with one slow item has most of its room back at once.
     """
 
     def __init__(self, service: SigningServicer, peer: Peer) -> None:
-        self.answers: asyncio.Queue[_Answer | None] = asyncio.Queue()
+        self.answers: asyncio.Queue[keyserver_pb2.SignResultBatch | None] = asyncio.Queue()
         self.ending: KeyreeveError | None = None
         self._service = service
         self._peer = peer
         self._caller = peer.name
         self._outstanding: set[int] = set()
-        self._slots = asyncio.Semaphore(service.limits.batches_per_stream)
+        self._room = service.limits.batches_per_stream * _ITEMS_PER_BATCH
+        self._held = 0
+        self._released = asyncio.Event()
         self._read_ended = False
 
     async def read(self, batches: AsyncIterator[keyserver_pb2.SignBatch]) -> None:
         try:
             async for batch in batches:
-                await self._slots.acquire()
+                while self._held >= self._room and not self._read_ended:
+                    self._released.clear()
+                    await self._released.wait()
                 if self._read_ended:  # it ended while this batch waited
                     return
                 self._take_guarded(batch)
@@ -208,14 +207,17 @@ class _Stream:
             log_exception("stream_failed", caller=self._caller)
             raise Internal("internal error; the server's log has the cause") from None
 
-    def release(self) -> None:
-        self._slots.release()
+    def release(self, count: int) -> None:
+        """So many results were sent."""
+        self._held -= count
+        self._released.set()
 
     def end(self, error: KeyreeveError | None) -> None:
         """No more batches are taken; the stream ends when the last result is out."""
         if self._read_ended:
             return
         self._read_ended = True
+        self._released.set()
         self.ending = error
         self._close_if_done()
 
@@ -232,8 +234,8 @@ class _Stream:
         if len(requests) > MAX_ITEMS:
             raise InvalidRequest(f"batch has {len(requests)} items, at most {MAX_ITEMS} are allowed")
         if not requests:
-            self.release()
             return
+        self._held += len(requests)
         try:
             service.access.require_admitted(caller, now)
             self._check_ids([request.id for request in requests])
@@ -254,7 +256,7 @@ class _Stream:
         if refused:
             service.refused(peer, [entry[1:] for entry in refused])
             shown = [keyserver_pb2.SignResult(id=entry[0], error=error_to_proto(entry[3])) for entry in refused]
-            self._answer(shown, ends_batch=not accepted)
+            self._answer(shown)
         if not accepted:
             return
         log_local(peer, accepted)
@@ -271,26 +273,24 @@ class _Stream:
         for request in requests:
             self._service.engine.metrics.refused(request.purpose, error.code.value)
         shown = error_to_proto(error)
-        self._answer([keyserver_pb2.SignResult(id=request.id, error=shown) for request in requests], ends_batch=True)
+        self._answer([keyserver_pb2.SignResult(id=request.id, error=shown) for request in requests])
 
     def _collector(self, items: Sequence[SignItem]) -> Callable[[Sequence[SignResult]], None]:
-        left = len(items)
-
         def collect(results: Sequence[SignResult]) -> None:
-            nonlocal left
-            left -= len(results)
             self._outstanding.difference_update([result.id for result in results])
-            self._answer([_to_proto(result) for result in results], ends_batch=left == 0)
+            self._answer([_to_proto(result) for result in results])
             self._log_signer_refusals(items, results)
             self._close_if_done()
 
         return collect
 
-    def _answer(self, results: list[keyserver_pb2.SignResult], *, ends_batch: bool) -> None:
-        self.answers.put_nowait(_Answer(keyserver_pb2.SignResultBatch(results=results), ends_batch))
+    def _answer(self, results: list[keyserver_pb2.SignResult]) -> None:
+        self.answers.put_nowait(keyserver_pb2.SignResultBatch(results=results))
 
     def _log_signer_refusals(self, items: Sequence[SignItem], results: Sequence[SignResult]) -> None:
         refused = {result.id: result.error for result in results if not isinstance(result, Signed)}
+        # What was shed is on record by class (`load_shed`): a line for each batch would make the load worse.
+        refused = {item_id: error for item_id, error in refused.items() if error.code is not ErrorCode.OVERLOADED}
         if refused:
             shown = [(item.key_id, item.purpose, refused[item.id]) for item in items if item.id in refused]
             self._service.refused(self._peer, shown, by_signer=True)

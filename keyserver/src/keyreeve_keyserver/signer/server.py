@@ -16,7 +16,10 @@ from keyreeve_keyserver import frames
 from keyreeve_keyserver.signer.controls import ControlService
 from keyreeve_keyserver.signer.service import SigningService
 
-MAX_IN_FLIGHT = 64
+# What one connection may have under way. The front end bounds each class of keys, so that one that hangs does not fill these places; the bounds
+# here are for a front end that does not keep to that.
+MAX_IN_FLIGHT = 8_192
+MAX_BYTES_IN_FLIGHT = 536_870_912
 _READ_BYTES = 1_048_576
 _CLOSE_SECONDS = 5
 _CREDENTIALS = struct.Struct("3i")
@@ -82,7 +85,8 @@ class _Connection:
         self._reader = reader
         self._writer = writer
         self._splitter = frames.splitter()
-        self._places = asyncio.Semaphore(MAX_IN_FLIGHT)
+        self._frames = self._bytes = 0  # under way
+        self._freed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -111,13 +115,17 @@ class _Connection:
     async def _begin(self, frame: bytes) -> None:
         """Begins the work of one frame; waits while too many are under way, which holds the peer back."""
         request = frames.parse_request_frame(frame)
-        await self._places.acquire()
+        while self._frames and (self._frames >= MAX_IN_FLIGHT or self._bytes + len(frame) > MAX_BYTES_IN_FLIGHT):
+            self._freed.clear()
+            await self._freed.wait()
+        self._frames += 1
+        self._bytes += len(frame)
         work = self._sign(request) if isinstance(request, frames.SignBatch) else self._control(request)
-        task = asyncio.create_task(self._guard(work))
+        task = asyncio.create_task(self._guard(work, len(frame)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guard(self, work: Coroutine[None, None, None]) -> None:
+    async def _guard(self, work: Coroutine[None, None, None], size: int) -> None:
         try:
             await work
         except OSError:
@@ -125,7 +133,9 @@ class _Connection:
         except Exception:
             log_exception("frame_failed")
         finally:
-            self._places.release()
+            self._frames -= 1
+            self._bytes -= size
+            self._freed.set()
 
     async def _sign(self, batch: frames.SignBatch) -> None:
         async for results in self._signing.sign(batch):

@@ -23,6 +23,7 @@ from keyreeve_common.errors import (
 )
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import Purpose
+from keyreeve_common.schemes import KeyType
 from keyreeve_common.telemetry import log_exception, log_warning
 from keyreeve_common.transparency.records import microseconds
 
@@ -36,7 +37,7 @@ from keyreeve_keyserver.signer.metrics import SignerMetrics
 from keyreeve_keyserver.signer.spans import BACKEND, JUDGE, RECORD, SpanLog, now_us
 
 _JUDGED_AT_ONCE = 16
-_Lane = tuple[str, int]
+_Lane = tuple[str, KeyType, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class SigningService:
             self._log_refusals(batch, refused)
             for frame in await self._answers(batch, refused, spans):
                 yield frame
-        for done in asyncio.as_completed([self._sign_lane(name, lane, spans) for (name, _), lane in lanes.items()]):
+        for done in asyncio.as_completed([self._sign_lane(name, lane, spans) for (name, *_), lane in lanes.items()]):
             for frame in await self._answers(batch, await done, spans):
                 yield frame
 
@@ -156,8 +157,9 @@ class SigningService:
             log_exception("judging_failed", purpose=item.purpose, message_bytes=len(item.message))
             refused.append(Refused(item.id, Internal("the signer failed to judge this message")))
         else:
-            # Items of like deadlines go together, so that none is answered much after its own.
-            lane = lanes.setdefault((request.record.backend, item.deadline_ms.bit_length()), [])
+            # Items of like deadlines and of one type of key go together, so that none is answered much after it is signed.
+            kind = (request.record.backend, request.record.key_type, item.deadline_ms.bit_length())
+            lane = lanes.setdefault(kind, [])
             lane.append(JudgedItem(item.id, request))
 
     async def _sign_lane(self, backend_name: str, lane: list[JudgedItem], spans: SpanLog) -> list[SignResult]:

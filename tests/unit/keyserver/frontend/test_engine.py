@@ -18,11 +18,13 @@ from keyreeve_keyserver.catalog.records import NewKey
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import CatalogThreads
+from keyreeve_keyserver.frontend.admission import Admission
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import OnResults, SignerLink
 from sqlalchemy import URL
 
+OPEN_ADMISSION = Admission(lambda _: "", max_items=1000, max_wait_s=60.0)
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -52,7 +54,11 @@ class Rig:
         self.signer = PlayedSigner()
         link = cast("SignerLink", self.signer)
         self.engine = SigningEngine(
-            link, self.threads, control_timeout=timedelta(seconds=20), metrics=FrontEndMetrics()
+            link,
+            self.threads,
+            control_timeout=timedelta(seconds=20),
+            metrics=FrontEndMetrics(),
+            admission=OPEN_ADMISSION,
         )
         purposes = frozenset({Purpose.TLS13_SERVER_VERIFY})
         entry = self.threads.catalog.begin_key(

@@ -18,6 +18,7 @@ from keyreeve_common.v1 import keyserver_pb2, types_pb2
 from keyreeve_keyserver.catalog.catalog import Catalog
 from keyreeve_keyserver.config import KeysConfig, KeyServerConfig
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
+from keyreeve_keyserver.frontend.admission import Admission
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.key_admin import KeyAdminServicer
 from keyreeve_keyserver.frontend.key_life import KeyLifeService
@@ -25,6 +26,7 @@ from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import SignerLink
 from sqlalchemy import URL
 
+OPEN_ADMISSION = Admission(lambda _: "", max_items=1000, max_wait_s=60.0)
 SECOND = timedelta(seconds=1)
 
 
@@ -64,7 +66,9 @@ class Rig:
         self.signer = ScriptedSigner()
         link = cast("SignerLink", self.signer)
         access = Access(self.threads, max_staleness=SECOND)
-        engine = SigningEngine(link, self.threads, control_timeout=SECOND, metrics=FrontEndMetrics())
+        engine = SigningEngine(
+            link, self.threads, control_timeout=SECOND, metrics=FrontEndMetrics(), admission=OPEN_ADMISSION
+        )
         clock = lambda: datetime(2026, 1, 1, tzinfo=UTC)  # noqa: E731 - one clock for both
         self.service = KeyAdminServicer(
             threads=self.threads,

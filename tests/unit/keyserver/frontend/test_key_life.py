@@ -22,12 +22,14 @@ from keyreeve_keyserver.catalog.records import NewKey
 from keyreeve_keyserver.config import KeysConfig, KeyServerConfig
 from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
+from keyreeve_keyserver.frontend.admission import Admission
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.key_life import KeyLifeService, SteadyClock
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import SignerLink
 from sqlalchemy import URL
 
+OPEN_ADMISSION = Admission(lambda _: "", max_items=1000, max_wait_s=60.0)
 START = datetime(2026, 1, 1, tzinfo=UTC)
 DAY, SECOND = timedelta(days=1), timedelta(seconds=1)
 
@@ -64,7 +66,9 @@ class Rig:
             threads=self.threads,
             access=Access(self.threads, max_staleness=SECOND),
             link=link,
-            engine=SigningEngine(link, self.threads, control_timeout=SECOND, metrics=FrontEndMetrics()),
+            engine=SigningEngine(
+                link, self.threads, control_timeout=SECOND, metrics=FrontEndMetrics(), admission=OPEN_ADMISSION
+            ),
             config=KeyServerConfig(TrustDomain("example.org"), path, path / "a", keys=KeysConfig()),
             clock=lambda: self.now,
         )

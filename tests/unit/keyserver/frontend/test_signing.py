@@ -18,7 +18,7 @@ from keyreeve_keyserver.frontend.access import Access
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import OnResults
-from keyreeve_keyserver.frontend.signing import SigningServicer
+from keyreeve_keyserver.frontend.signing import _ITEMS_PER_BATCH, SigningServicer
 from keyreeve_testing.keyserver import sign_item
 from keyreeve_testing.pki import TestPki
 
@@ -92,20 +92,57 @@ async def turns(count: int = 50) -> None:
 
 
 async def test_a_client_that_never_reads_is_held_back() -> None:
-    rig = Rig(batches_per_stream=2)
+    rig = Rig(batches_per_stream=1)
+    room = _ITEMS_PER_BATCH
     stream = rig.open()
-    for number in range(10):
+    for number in range(2 * room):
         rig.send(number)
     first = asyncio.ensure_future(anext(stream))
-    await rig.until_submitted(2)
+    await rig.until_submitted(room)
     rig.engine.answer()
     await first
     rig.engine.answer()
     await turns()
-    assert rig.engine.count == 2  # both slots are taken until their results are out
+    assert rig.engine.count == room  # all room is taken until results are out
     assert (await anext(stream)).results
-    await rig.until_submitted(3)
+    await rig.until_submitted(room + 1)
     await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_batch_with_one_slow_item_gives_the_room_of_the_others_back() -> None:
+    rig = Rig(batches_per_stream=1)
+    stream = rig.open()
+    numbers = range(_ITEMS_PER_BATCH)
+    rig.sent.put_nowait(keyserver_pb2.SignBatch(items=[sign_item(number, KEY_ID) for number in numbers]))
+    first = asyncio.ensure_future(anext(stream))
+    await rig.until_submitted(1)
+    items, on_results = rig.engine.waiting.pop(0)
+    on_results([Signed(item.id, b"s") for item in items[1:]])
+    assert len((await first).results) == _ITEMS_PER_BATCH - 1
+    rig.send(1000)
+    second = asyncio.ensure_future(anext(stream))
+    await rig.until_submitted(2)  # while the first item of the first batch is still under way
+    rig.engine.answer()
+    assert [result.id for result in (await second).results] == [1000]
+    await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_stream_that_ends_while_a_batch_waits_for_room_ends() -> None:
+    rig = Rig(batches_per_stream=1)
+    stream = rig.open()
+    for number in range(_ITEMS_PER_BATCH + 1):
+        rig.send(number)
+    first = asyncio.ensure_future(anext(stream))
+    await rig.until_submitted(_ITEMS_PER_BATCH)
+    rig.service.drain()
+    for _ in range(_ITEMS_PER_BATCH):
+        rig.engine.answer()
+    await first
+    for _ in range(_ITEMS_PER_BATCH - 1):
+        await anext(stream)
+    with pytest.raises(Unavailable):
+        await anext(stream)
+    assert rig.engine.count == _ITEMS_PER_BATCH
 
 
 async def test_expired_svid_ends_the_stream_after_its_answers() -> None:
