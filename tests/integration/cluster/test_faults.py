@@ -25,16 +25,7 @@ async def until_ready(client: KeyCluster, index: int) -> None:
 
 async def settle(cluster: Cluster, client: KeyCluster) -> None:
     """Both replicas know the key and serve it."""
-    for rig in cluster.rigs:
-        with rig.caller(cluster.agent) as stubs:
-            key_id = cluster.keys["p256"][0]
-            async with asyncio.timeout(20):
-                while True:
-                    try:
-                        await asyncio.to_thread(stubs.sign, key_id)
-                        break
-                    except Exception:  # the catalog's news have not arrived
-                        await asyncio.sleep(0.05)
+    await asyncio.to_thread(cluster.wait_known, cluster.keys["p256"][0])
     await cluster.sign(client, "p256")
 
 

@@ -10,8 +10,10 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
+import grpc
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 from keyreeve_client.agent.balancer import Settings
 from keyreeve_client.agent.key_cluster import KeyCluster
@@ -22,6 +24,7 @@ from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import Purpose
 from keyreeve_common.schemes import SignatureScheme
 from keyreeve_common.sign_socket import SignFrame
+from keyreeve_common.v1 import keyserver_pb2
 from keyreeve_common.verification import verify_signature
 
 from keyreeve_testing.keyserver import MESSAGE, KeyServerRig
@@ -30,6 +33,7 @@ from keyreeve_testing.processes import children_of
 
 AGENT = "keyreeve/agent/a"
 DEADLINE_MS = 8_000
+_PACE_S = 0.01  # between the requests of one caller: replicas must be able to start beside the load
 
 
 @dataclass
@@ -42,11 +46,32 @@ class Cluster:
     agent: Svid
     keys: dict[str, tuple[KeyId, int, Any]] = field(default_factory=dict)
 
+    message = MESSAGE
+    purpose = int(Purpose.TLS13_SERVER_VERIFY)
+
     def add_key(self, name: str, scheme: int = 0x0403, **request: Any) -> KeyId:
         key = self.rigs[0].create_key(name, **request)
         self.rigs[0].grant(key.key_id, self.agent.spiffe_id)
+        return self.take(name, key, scheme)
+
+    def take(self, name: str, key: keyserver_pb2.Key, scheme: int = 0x0403) -> KeyId:
+        """Signs with this key from now on as `name`."""
         self.keys[name] = (KeyId(key.key_id), scheme, load_der_public_key(key.spki_der))
         return KeyId(key.key_id)
+
+    def wait_known(self, key_id: str, *, within_s: float = 20) -> None:
+        """Until every replica signs with the key: news of the catalog take up to its poll interval."""
+        for rig in self.rigs:
+            deadline = monotonic() + within_s
+            with rig.caller(self.agent) as stubs:
+                while True:
+                    try:
+                        stubs.sign(key_id)
+                        break
+                    except grpc.RpcError:
+                        if monotonic() > deadline:
+                            raise
+                        sleep(0.05)
 
     def files(self) -> SvidFiles:
         where = self.directory / "agent"
@@ -69,10 +94,12 @@ class Cluster:
 
     async def sign(self, client: KeyCluster, name: str, deadline_ms: int = DEADLINE_MS) -> None:
         """One signature, verified. Raises: what the cluster refused with."""
-        key_id, scheme, public_key = self.keys[name]
-        signature = await client.sign(
-            SignFrame(1, deadline_ms, scheme, int(Purpose.TLS13_SERVER_VERIFY), key_id, MESSAGE)
-        )
+        key_id, scheme, _ = self.keys[name]
+        self.verify(name, await client.sign(SignFrame(1, deadline_ms, scheme, self.purpose, key_id, MESSAGE)))
+
+    def verify(self, name: str, signature: bytes) -> None:
+        """Raises: Internal."""
+        _, scheme, public_key = self.keys[name]
         verify_signature(public_key, SignatureScheme(scheme), MESSAGE, signature=signature)
 
 
@@ -104,6 +131,7 @@ async def load_on(
                 load.signed += 1
             except KeyreeveError as error:
                 load.failures[f"{error.code.value}: {error.detail}"] += 1
+            await asyncio.sleep(_PACE_S)
 
     tasks = [asyncio.create_task(call()) for _ in range(callers)]
     try:
