@@ -29,7 +29,7 @@ from keyreeve_client.agent.config import KeyServerConfig
 from keyreeve_client.channel import ReloadingChannel, SvidFiles
 from keyreeve_client.sign_client import SignStreamClient, StreamLost
 
-_PATIENCE_S = 5.0  # how long after the last answer of any replica requests are still worth another round
+_PATIENCE_S = 5.0  # a request that comes later than this after the cluster's last answer does not wait for a replica
 _ROUND_S = (0.05, 0.1, 0.2, 0.4)
 _MAX_SHED_ROUNDS = 1
 _LATE_S = 0.01  # the sign socket's own deadline may end a flight a little before ours
@@ -221,12 +221,14 @@ class _Flight:
     rounds: int = 0
     hedge_at: float | None = None
     error: KeyreeveError | None = None
+    hopeful: bool = False
 
     async def run(self) -> bytes:
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + self.request.deadline_ms / 1000
         scheme = self.request.scheme if self.request.scheme in _SCHEMES else _OTHER_SCHEME
         trace = self.trace
+        self.hopeful = self.cluster.balancer.hopeful(loop.time(), _PATIENCE_S)
         try:
             while True:
                 now = loop.time()
@@ -308,8 +310,7 @@ class _Flight:
         if error.retry_after is not None:
             pause_s = max(pause_s, error.retry_after.total_seconds())
         shed_again = error.code is ErrorCode.OVERLOADED and self.rounds >= _MAX_SHED_ROUNDS
-        hopeful = self.cluster.balancer.hopeful(now, _PATIENCE_S)
-        if len(self.cluster.servers) == 1 or shed_again or not hopeful or now + pause_s >= ends_at:
+        if len(self.cluster.servers) == 1 or shed_again or not self.hopeful or now + pause_s >= ends_at:
             raise error
         self.rounds += 1
         self.tried.clear()
