@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -77,11 +78,21 @@ def log_exception(event: str, **fields: Field) -> None:
 
 def notify_ready(status: str = "") -> None:
     """Tells systemd, or whoever started us with NOTIFY_SOCKET, that the service serves now. Spec: sd_notify(3)."""
+    ready_notice(status)()
+
+
+def ready_notice(status: str = "") -> Callable[[], None]:
+    """`notify_ready` in two steps, for a process that can make no socket later: it is connected now, and told and closed by the call."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
-        return
+        return lambda: None
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notifier:
-        notifier.connect(address)
-        notifier.sendall(f"READY=1\nSTATUS={status}\nMAINPID={os.getpid()}".encode())
+    notifier = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    notifier.connect(address)
+
+    def tell() -> None:
+        with notifier:
+            notifier.sendall(f"READY=1\nSTATUS={status}\nMAINPID={os.getpid()}".encode())
+
+    return tell

@@ -145,12 +145,18 @@ class QuarantineConfig:
 
 @dataclass(frozen=True, slots=True)
 class SupervisorConfig:
-    """Restarts: the first at once, later ones after a back-off that doubles; `max_restarts` within `window` ends the supervisor."""
+    """Restarts: the first at once, later ones after a back-off that doubles; `max_restarts` within `window` ends the supervisor.
+
+    `signer_user`, `front_end_user`, `worker_user` (launcher and workers): who runs them, where root starts the supervisor; empty: its own user.
+    """
 
     max_restarts: int = 5
     window: timedelta = timedelta(minutes=1)
     backoff: timedelta = timedelta(milliseconds=200)
     start_timeout: timedelta = timedelta(seconds=60)
+    signer_user: str = ""
+    front_end_user: str = ""
+    worker_user: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_restarts <= 1000:

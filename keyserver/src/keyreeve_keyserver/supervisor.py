@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
@@ -17,11 +18,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from keyreeve_common.errors import ConfigInvalid
 from keyreeve_common.telemetry import log, log_error, log_warning, notify_ready
 
 from keyreeve_keyserver.config import KeyServerConfig
+from keyreeve_keyserver.hardening.environment import front_end_environment, signer_environment
+from keyreeve_keyserver.users import User, find_user
 
 EX_CONFIG, EX_NOPERM, EX_USAGE, EX_UNAVAILABLE = 78, 77, 2, 69
 _FINAL = (EX_CONFIG, EX_NOPERM, EX_USAGE)
@@ -36,6 +40,7 @@ class _Pair:
     signer: asyncio.subprocess.Process
     front_end: asyncio.subprocess.Process
     channel: socket.socket
+    launcher: asyncio.subprocess.Process | None = None
 
 
 class Supervisor:
@@ -46,12 +51,18 @@ class Supervisor:
         self._config = config
         self._config_path = config_path
         self._stopping = asyncio.Event()
+        users = config.supervisor
+        self._signer_user = find_user(users.signer_user, "supervisor.signer_user")
+        self._front_end_user = find_user(users.front_end_user, "supervisor.front_end_user")
+        self._worker_user = find_user(users.worker_user, "supervisor.worker_user")
 
     async def run(self) -> int:
         """Supervises until SIGTERM or SIGINT; the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
+        with suppress(OSError, ValueError):  # for the signer to lock its memory, where we may: mlockall needs no limit
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         settings = self._config.supervisor
         ends: deque[float] = deque()
         while True:
@@ -83,11 +94,23 @@ class Supervisor:
     async def _start(self) -> _Pair:
         to_signer, to_front_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with to_signer, to_front_end, theirs:
+        to_launcher, launchers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        launcher = None
+        with to_signer, to_front_end, theirs, to_launcher, launchers:
+            arguments = ["--config", str(self._signer_config), "--frames-fd", str(to_front_end.fileno())]
+            descriptors = [to_front_end.fileno()]
+            if self._worker_user is not None:  # else the signer starts its own
+                launcher = await _spawn(
+                    "keyreeve_keyserver.backends.launcher",
+                    [str(launchers.fileno()), str(os.getpid())],
+                    [launchers.fileno()],
+                    signer_environment(os.environ),
+                    self._worker_user,
+                )
+                arguments += ["--launcher-fd", str(to_launcher.fileno())]
+                descriptors.append(to_launcher.fileno())
             signer = await _spawn(
-                "keyreeve_keyserver.signer",
-                ["--config", str(self._signer_config), "--frames-fd", str(to_front_end.fileno())],
-                [to_front_end.fileno()],
+                "keyreeve_keyserver.signer", arguments, descriptors, signer_environment(os.environ), self._signer_user
             )
             front_end = await _spawn(
                 "keyreeve_keyserver.frontend",
@@ -100,9 +123,11 @@ class Supervisor:
                     str(theirs.fileno()),
                 ],
                 [to_signer.fileno(), theirs.fileno()],
+                front_end_environment(os.environ),
+                self._front_end_user,
             )
         log("started", signer_pid=signer.pid, front_end_pid=front_end.pid)
-        return _Pair(signer, front_end, ours)
+        return _Pair(signer, front_end, ours, launcher)
 
     async def _watch(self, pair: _Pair) -> str:
         """Waits until one of the two ends, or the supervisor is to stop; says which."""
@@ -141,6 +166,8 @@ class Supervisor:
         drain = self._config.limits.drain_timeout.total_seconds()
         await _terminate(pair.front_end, drain + _KILL_AFTER_S)
         await _terminate(pair.signer, _KILL_AFTER_S)
+        if pair.launcher is not None:
+            await _terminate(pair.launcher, _KILL_AFTER_S)  # it ends with the signer's socket
         pair.channel.close()
 
     async def _pause(self, recent_ends: int) -> None:
@@ -151,10 +178,20 @@ class Supervisor:
             await asyncio.wait_for(self._stopping.wait(), min(base * 2 ** (recent_ends - 2), _MAX_BACKOFF_S))
 
 
-async def _spawn(module: str, arguments: Sequence[str], descriptors: Sequence[int]) -> asyncio.subprocess.Process:
-    environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+async def _spawn(
+    module: str,
+    arguments: Sequence[str],
+    descriptors: Sequence[int],
+    environment: dict[str, str],
+    user: User | None,
+) -> asyncio.subprocess.Process:
+    options: dict[str, Any] = {}
+    if user is not None:
+        options = {"user": user.uid, "group": user.gid, "extra_groups": user.groups}
+        environment["HOME"] = user.home
     return await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",
         "-m",
         module,
         *arguments,
@@ -162,6 +199,7 @@ async def _spawn(module: str, arguments: Sequence[str], descriptors: Sequence[in
         env=environment,
         stdin=asyncio.subprocess.DEVNULL,
         start_new_session=False,
+        **options,
     )
 
 

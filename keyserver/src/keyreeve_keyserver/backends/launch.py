@@ -19,6 +19,7 @@ from keyreeve_common.errors import KeyreeveError, MalformedFrame, error_from_cod
 from keyreeve_keyserver.domain.keys import canonical_json
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import JsonObject, parse_json_object
+from keyreeve_keyserver.hardening.lockdown import Reach
 
 MAX_MESSAGE_BYTES = 131_072
 MAX_START_BYTES = 60_000  # less than a pipe holds, so that writing it never waits
@@ -29,13 +30,15 @@ _PROGRAM = re.compile(r"keyreeve_keyserver\.backends\.[a-z0-9_]+_worker", re.ASC
 class WorkerSpec:
     """How to start the workers of one backend: `program` is a module of this package that ends in `_worker`.
 
-    `settings` hold no secret. `secret_files`: name to path; the name is the key of the configuration, and what the worker asks for.
+    `settings` hold no secret. `secret_files`: name to path; the name is the key of the configuration, and what the worker asks for. `reach` is
+    what the kernel leaves it.
     """
 
     backend: str
     program: str
     settings: JsonObject
     secret_files: Mapping[str, Path] = field(default_factory=dict)
+    reach: Reach = field(default_factory=Reach)
 
     def __post_init__(self) -> None:
         if not _PROGRAM.fullmatch(self.program):
@@ -43,7 +46,13 @@ class WorkerSpec:
 
     def to_json(self) -> JsonObject:
         files = {name: str(path) for name, path in self.secret_files.items()}
-        return {"backend": self.backend, "program": self.program, "settings": self.settings, "secret_files": files}
+        return {
+            "backend": self.backend,
+            "program": self.program,
+            "settings": self.settings,
+            "secret_files": files,
+            "reach": _reach_json(self.reach),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +106,7 @@ class WorkerStart:
 
     settings: JsonObject
     secrets: Mapping[str, Secret] = field(default_factory=dict)
+    reach: Reach = field(default_factory=Reach)
 
     def secret(self, name: str) -> Secret:
         """Raises: MalformedFrame."""
@@ -106,14 +116,14 @@ class WorkerStart:
 
     def to_bytes(self) -> bytes:
         secrets = {name: base64.b64encode(secret.reveal()).decode() for name, secret in self.secrets.items()}
-        return canonical_json({"settings": self.settings, "secrets": secrets})
+        return canonical_json({"settings": self.settings, "secrets": secrets, "reach": _reach_json(self.reach)})
 
 
 def parse_worker_start(data: bytes) -> WorkerStart:
     """Raises: MalformedFrame."""
-    fields = _members(parse_json_object(data), settings=dict, secrets=dict)
+    fields = _members(parse_json_object(data), settings=dict, secrets=dict, reach=dict)
     secrets = {name: Secret(base64.b64decode(text)) for name, text in fields["secrets"].items()}
-    return WorkerStart(fields["settings"], secrets)
+    return WorkerStart(fields["settings"], secrets, _reach(fields["reach"]))
 
 
 def order_bytes(order: Order) -> bytes:
@@ -166,9 +176,28 @@ def parse_report(data: bytes) -> Report:
 def _spec(value: object) -> WorkerSpec:
     if not isinstance(value, dict):
         raise MalformedFrame("worker is not an object")
-    fields = _members(cast("JsonObject", value), backend=str, program=str, settings=dict, secret_files=dict)
+    fields = _members(cast("JsonObject", value), backend=str, program=str, settings=dict, secret_files=dict, reach=dict)
+    fields["reach"] = _reach(fields["reach"])
     fields["secret_files"] = {name: Path(str(path)) for name, path in fields["secret_files"].items()}
     return WorkerSpec(**fields)
+
+
+def _reach_json(reach: Reach) -> JsonObject:
+    reads = None if reach.reads is None else [str(path) for path in reach.reads]
+    return {"network": reach.network, "reads": reads, "writes": [str(path) for path in reach.writes]}
+
+
+def _reach(value: JsonObject) -> Reach:
+    reads, writes = value.get("reads"), value.get("writes")
+    if value.keys() != {"network", "reads", "writes"} or type(value["network"]) is not bool:
+        raise MalformedFrame("reach is not that of a worker")
+    return Reach(value["network"], None if reads is None else _paths(reads), _paths(writes))
+
+
+def _paths(value: object) -> tuple[Path, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise MalformedFrame("paths are not a list of texts")
+    return tuple(Path(each) for each in value)
 
 
 def _members(value: JsonObject, **kinds: type) -> dict[str, Any]:

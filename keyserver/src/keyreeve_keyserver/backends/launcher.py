@@ -40,7 +40,8 @@ from keyreeve_keyserver.backends.launch import (
 )
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.hardening.environment import worker_environment
-from keyreeve_keyserver.hardening.process import end_with_parent, forbid_cores, forbid_tracing
+from keyreeve_keyserver.hardening.lockdown import Protections, protect_self
+from keyreeve_keyserver.hardening.process import end_with_parent
 
 EXIT_MALFORMED = 65
 _KILL_SECONDS = 2
@@ -111,14 +112,14 @@ class Launcher:
             self._report(Spawned(order.number, process.pid), ours)
 
     def _start(self, spec: WorkerSpec, theirs: socket.socket) -> subprocess.Popen[bytes]:
-        start = WorkerStart(spec.settings, self._secrets_of(spec)).to_bytes()
+        start = WorkerStart(spec.settings, self._secrets_of(spec), spec.reach).to_bytes()
         if len(start) > MAX_START_BYTES:
             raise ConfigInvalid(f"backend {spec.backend}: settings and secrets are longer than {MAX_START_BYTES} bytes")
         reading, writing = os.pipe2(os.O_CLOEXEC)
         try:
             os.write(writing, start)
             return subprocess.Popen(
-                [sys.executable, "-m", spec.program, str(theirs.fileno()), str(reading), str(os.getpid())],
+                [sys.executable, "-P", "-m", spec.program, str(theirs.fileno()), str(reading), str(os.getpid())],
                 pass_fds=(theirs.fileno(), reading),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -163,8 +164,7 @@ def _exists(path: os.PathLike[str]) -> bool:
 
 
 def main() -> int:
-    forbid_cores()
-    forbid_tracing()
+    protect_self(Protections())
     os.umask(0o077)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it ends with the signer, which still answers what was begun

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 
-from keyreeve_common.errors import Internal, KeyreeveError, MalformedFrame, TokenUnavailable
+from keyreeve_common.errors import ConfigInvalid, Internal, KeyreeveError, MalformedFrame, TokenUnavailable
 
 from keyreeve_keyserver.backends.launch import (
     MAX_MESSAGE_BYTES,
@@ -50,13 +50,23 @@ class LauncherLink:
         with theirs:
             # Not asyncio's subprocess: a task that is cancelled in the middle of that leaves an orphan.
             process = subprocess.Popen(  # noqa: ASYNC220 - it returns in a millisecond
-                [sys.executable, "-m", PROGRAM, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=worker_environment(os.environ),
             )
         return await cls._prepared(ours, process, workers)
+
+    @classmethod
+    async def adopt(cls, descriptor: int, workers: Sequence[WorkerSpec]) -> LauncherLink:
+        """Prepares the launcher behind this inherited descriptor, which the supervisor started as a user of its own. Raises: as `start`."""
+        try:
+            connection = socket.socket(fileno=descriptor)
+        except OSError as error:
+            raise ConfigInvalid(f"descriptor {descriptor} is not a socket: {error.strerror}") from None
+        connection.set_inheritable(False)
+        return await cls._prepared(connection, None, workers)
 
     @classmethod
     async def _prepared(

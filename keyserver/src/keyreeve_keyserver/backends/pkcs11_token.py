@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -36,13 +35,13 @@ from keyreeve_keyserver.backends import pkcs11_mechanisms as mechanisms
 from keyreeve_keyserver.backends.pkcs11_errors import SESSION_LOST, error_of
 from keyreeve_keyserver.backends.pkcs11_slots import find_token
 from keyreeve_keyserver.backends.pkcs11_wrapped import WrappedKeys
+from keyreeve_keyserver.backends.softhsm import softhsm_store
 from keyreeve_keyserver.backends.worker_frames import Box, TokenSignItem
 from keyreeve_keyserver.domain.keys import Custody
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import JsonObject
 
 _T = TypeVar("_T")
-_TOKENDIR = re.compile(r"^\s*directories\.tokendir\s*=\s*(\S.*?)\s*$", re.MULTILINE)
 _PROBE_BYTES = 65_536
 _SOFTHSM_TRIES = 8
 
@@ -304,7 +303,7 @@ class Token:
     def _check_softhsm(self) -> None:
         """SoftHSM says "general error" for all of these; its configuration tells them apart."""
         conf = self._settings.softhsm_conf
-        store = _softhsm_store(conf)
+        store = softhsm_store(Path(conf))
         if store is None:
             raise TokenUnavailable(f"softhsm_conf {conf} cannot be read or names no directories.tokendir: correct it")
         if not store.is_dir() or not os.access(store, os.R_OK | os.X_OK):
@@ -312,7 +311,7 @@ class Token:
 
     def _check_disk(self) -> None:
         """Raises: StorageFull when the disk under a SoftHSM token takes no more."""
-        store = _softhsm_store(self._settings.softhsm_conf) if self._settings.softhsm_conf else None
+        store = softhsm_store(Path(self._settings.softhsm_conf)) if self._settings.softhsm_conf else None
         if store is None:
             return
         probe = store / f".keyreeve-probe-{os.getpid()}"
@@ -347,11 +346,3 @@ class Token:
                 return self._token.open(rw=True, user_pin=pin)
             time.sleep(pause_ms / 1000)
         return self._token.open(rw=True, user_pin=pin)
-
-
-def _softhsm_store(conf: str) -> Path | None:
-    try:
-        match = _TOKENDIR.search(Path(conf).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return None
-    return Path(match.group(1)) if match else None

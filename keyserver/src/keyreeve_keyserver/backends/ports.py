@@ -5,7 +5,7 @@ Every method raises our errors only, and one failed request never fails its batc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -34,13 +34,17 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class BackendHealth:
-    """`detail` says what to do when it is down. `workers` of `configured` can sign now, `waiting` are the requests not yet begun."""
+    """`detail` says what to do when it is down. `workers` of `configured` can sign now, `waiting` are the requests not yet begun.
+
+    `protections` are those of a worker process: "on", or why not, by name.
+    """
 
     state: BackendState
     detail: str = ""
     workers: int = 0
     configured: int = 0
     waiting: int = 0
+    protections: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from keyreeve_keyserver.backends.worker_backend import WorkerBackend
 from keyreeve_keyserver.backends.worker_pool import PoolPolicy
 from keyreeve_keyserver.domain.keys import Custody
 from keyreeve_keyserver.frames import JsonObject
+from keyreeve_keyserver.hardening.lockdown import Reach
 
 PROGRAM = "keyreeve_keyserver.backends.vault_worker"
 DEFAULT_WORKERS = 4
@@ -35,7 +36,7 @@ class VaultBackend(WorkerBackend):
         policy: PoolPolicy | None = None,
     ) -> None:
         super().__init__(
-            WorkerSpec(name, PROGRAM, worker_settings(vault, mount, key_prefix), {}),
+            WorkerSpec(name, PROGRAM, worker_settings(vault, mount, key_prefix), {}, reach_of(vault)),
             custody=Custody.VAULT_TRANSIT,
             workers=workers or DEFAULT_WORKERS,
             policy=policy or PoolPolicy(),
@@ -46,6 +47,12 @@ class VaultBackend(WorkerBackend):
     def _lane_of(self, request: SignRequest) -> Hashable:
         """Transit signs in one call what one key signs in one scheme; different keys go to different workers."""
         return request.record.backend_ref, request.scheme
+
+
+def reach_of(vault: VaultConfig) -> Reach:
+    """Outgoing connections, and the directories of the files that it names: who rotates a secret puts a new file in the place of the old one."""
+    named = [vault.secret_file, *([vault.ca_file] if vault.ca_file is not None else [])]
+    return Reach(network=True, reads=tuple(path.parent for path in named))
 
 
 def worker_settings(vault: VaultConfig, mount: str, key_prefix: str) -> JsonObject:

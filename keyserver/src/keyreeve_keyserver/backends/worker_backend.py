@@ -131,6 +131,7 @@ class WorkerBackend:
             detail=self._pool.remark if fault is None else fault.detail,
             workers=len(self._pool.pids),
             configured=self._pool.size,
+            protections=cast("dict[str, str]", self._pool.description.get("protections", {})),
             waiting=self._pool.waiting,
         )
 

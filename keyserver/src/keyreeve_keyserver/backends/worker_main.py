@@ -17,7 +17,8 @@ from keyreeve_common.telemetry import configure_logging
 
 from keyreeve_keyserver.backends import worker_frames as frames
 from keyreeve_keyserver.backends.launch import MAX_START_BYTES, WorkerStart, parse_worker_start
-from keyreeve_keyserver.hardening.process import end_with_parent, forbid_cores, forbid_new_privileges, forbid_tracing
+from keyreeve_keyserver.hardening.lockdown import Protections, confine_worker, protect_self
+from keyreeve_keyserver.hardening.process import end_with_parent
 
 EXIT_MALFORMED = 65
 Answering = Callable[[frames.Question], frames.Answer]
@@ -25,15 +26,28 @@ Answering = Callable[[frames.Question], frames.Answer]
 
 def run_worker(begin: Callable[[WorkerStart], Answering]) -> int:
     """Serves the socket with what `begin` makes of settings and secrets; the exit code."""
-    forbid_cores()
-    forbid_tracing()
-    forbid_new_privileges()
+    protections = Protections()
+    protect_self(protections)
     os.umask(0o077)
     configure_logging("worker")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(int(sys.argv[3]))
     with socket.socket(fileno=int(sys.argv[1])) as connection:
-        return serve(connection, begin(_read_start(int(sys.argv[2]))))
+        start = _read_start(int(sys.argv[2]))
+        confine_worker(protections, start.reach)
+        return serve(connection, _told(begin(start), protections))
+
+
+def _told(answer: Answering, protections: Protections) -> Answering:
+    """The answer to `Open` tells the signer also how the worker is protected."""
+
+    def told(question: frames.Question) -> frames.Answer:
+        given = answer(question)
+        if isinstance(question, frames.Open) and isinstance(given, frames.Done):
+            return frames.Done({**given.answer, "protections": protections.describe()})
+        return given
+
+    return told
 
 
 def _read_start(descriptor: int) -> WorkerStart:

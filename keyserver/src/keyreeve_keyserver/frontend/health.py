@@ -32,9 +32,11 @@ class HealthServicer(keyserver_pb2_grpc.HealthServicer):
     async def Check(self, request: keyserver_pb2.HealthRequest, context: Any) -> keyserver_pb2.HealthResponse:
         problems: list[str] = []
         backends: list[keyserver_pb2.BackendHealth] = []
+        weaknesses: list[str] = []
         try:
             said = await self._link.control("health", timeout=_SIGNER_TIMEOUT_S)
             backends = list(self._backends(said))
+            weaknesses = list(_weaknesses(said))
         except KeyreeveError as error:
             problems.append(error.detail)
         if backends and not any(backend.serving for backend in backends):
@@ -45,7 +47,7 @@ class HealthServicer(keyserver_pb2_grpc.HealthServicer):
             serving=not problems,
             version=version("keyreeve-keyserver"),
             backends=backends,
-            detail="; ".join([*problems, *self._notes()]),
+            detail="; ".join([*problems, *self._notes(), *weaknesses]),
             catalog_staleness_s=self._access.staleness_s,
             serving_from_cache=self._access.freshness is Freshness.CACHED,
         )
@@ -94,3 +96,13 @@ class HealthServicer(keyserver_pb2_grpc.HealthServicer):
         shown.at.FromDatetime(state.at)
         shown.took.FromTimedelta(timedelta(seconds=state.seconds))
         return shown
+
+
+def _weaknesses(said: dict[str, Any]) -> Iterator[str]:
+    """Protections that are off: to be known, but no reason not to serve (`hardening.required` in signer.toml makes them one)."""
+    parts = [("the signer", said.get("protections"))]
+    parts += [(f"workers of {backend.get('name')}", backend.get("protections")) for backend in said.get("backends", [])]
+    for what, protections in parts:
+        off = [name for name, state in (protections or {}).items() if state != "on"]
+        if off:
+            yield f"{what}: protections off: {', '.join(off)}; the log event signer_hardened and the signer's health say why"

@@ -13,5 +13,15 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return _only(environment, _ALL | _TOKENS)
 
 
+def signer_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    return _only(environment, _ALL | _TOKENS | {"CREDENTIALS_DIRECTORY"})
+
+
+def front_end_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """gRPC and OpenTelemetry are tuned by variables of their own."""
+    tuning = {name for name in environment if name.startswith(("GRPC_", "OTEL_"))}
+    return _only(environment, _ALL | {"CREDENTIALS_DIRECTORY", "SSL_CERT_FILE", "SSL_CERT_DIR"} | tuning)
+
+
 def _only(environment: Mapping[str, str], names: frozenset[str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name in names}

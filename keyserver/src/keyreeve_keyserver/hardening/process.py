@@ -6,9 +6,11 @@ Each function either holds when it returns, or raises OSError with the reason. S
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import signal
+from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 3, 4, 38
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -46,3 +48,54 @@ def end_with_parent(parent: int) -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise ProcessLookupError(f"process {parent} is not our parent")
+
+
+MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
+_PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4
+_CAPABILITY_VERSION_3, _CAP_IPC_LOCK = 0x20080522, 14
+
+
+def lock_memory() -> None:
+    """What is touched from now on stays in memory, and so do the pages that are there already.
+
+    Only without a limit, which CAP_SYS_RESOURCE lifts and CAP_IPC_LOCK passes over: under one, an allocation would fail in the middle of work.
+    Raises: OSError, ValueError.
+    """
+    infinite = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK) != infinite:
+        try:
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, infinite)
+        except (ValueError, OSError):
+            if not _has_capability(_CAP_IPC_LOCK):
+                raise
+    check(_libc.mlockall(ctypes.c_int(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT)))
+
+
+class _CapabilityHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+def drop_capabilities() -> None:
+    """Leaves this thread none, and none to gain; to be called while there is one thread.
+
+    CAP_IPC_LOCK stays where it was: `lock_memory` may stand on it, and it reaches nothing. Spec: capabilities(7). Raises: OSError.
+    """
+    kept = 1 << _CAP_IPC_LOCK if _has_capability(_CAP_IPC_LOCK) else 0
+    prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    for number in range(64):
+        try:
+            prctl(_PR_CAPBSET_DROP, number)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                break  # past the last one that this kernel knows
+            if error.errno == errno.EPERM:
+                break  # without CAP_SETPCAP the bounding set stays, and no_new_privileges keeps us from using it
+            raise
+    header = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
+    sets = (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0)  # effective, permitted, inheritable; then their high halves
+    check(_libc.capset(ctypes.byref(header), ctypes.byref(sets)))
+
+
+def _has_capability(number: int) -> bool:
+    effective = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> number & 1)

@@ -9,19 +9,19 @@ import argparse
 import asyncio
 import gc
 import os
-import resource
 import signal
 import sys
 import warnings
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 from keyreeve_common.config import load_config
-from keyreeve_common.errors import ConfigInvalid, KeyreeveError, TokenPinIncorrect
+from keyreeve_common.errors import ConfigInvalid, Internal, KeyreeveError, TokenPinIncorrect
 from keyreeve_common.files import check_secret_file, read_secret
-from keyreeve_common.telemetry import configure_logging, log, log_error, notify_ready
+from keyreeve_common.telemetry import configure_logging, log, log_error, log_warning, ready_notice
 
+from keyreeve_keyserver.backends.launch import WorkerSpec
 from keyreeve_keyserver.backends.launcher_link import LauncherLink
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend
@@ -31,6 +31,12 @@ from keyreeve_keyserver.backends.worker_backend import WorkerBackend
 from keyreeve_keyserver.backends.worker_pool import PoolPolicy
 from keyreeve_keyserver.domain.breaker import BreakerPolicy
 from keyreeve_keyserver.domain.keys import Custody
+from keyreeve_keyserver.hardening.lockdown import (
+    Protections,
+    confine_signer_calls,
+    confine_signer_files,
+    protect_self,
+)
 from keyreeve_keyserver.signer.approvals import load_approvals
 from keyreeve_keyserver.signer.config import BackendConfig, BackendKind, KeyCustody, SignerConfig
 from keyreeve_keyserver.signer.controls import ControlService
@@ -49,22 +55,28 @@ from keyreeve_keyserver.signer.service import KeyTable, SigningService
 _CUSTODIES = {KeyCustody.RESIDENT: Custody.TOKEN_RESIDENT, KeyCustody.WRAPPED: Custody.TOKEN_WRAPPED}
 EXIT_CONFIG = 78
 EXIT_PIN = 77
+EXIT_FAULT = 70
 
 
 def main() -> int:
     arguments = _arguments()
     os.umask(0o077)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    protections = Protections()
+    if not arguments.check_config:
+        protect_self(protections)
     configure_logging("signer")
     warnings.simplefilter("error", UserWarning)  # a certificate that cryptography warns about is refused
     try:
         config = load_config(SignerConfig, arguments.config)
         _check(config, listens=arguments.listen is not None)
         if not arguments.check_config:
-            asyncio.run(_run(config, arguments))
+            asyncio.run(_run(config, arguments, protections))
     except TokenPinIncorrect as error:
         log_error("start_refused", error=error.code.value, detail=error.detail)
         return EXIT_PIN
+    except Internal as error:
+        log_error("signer_failed", error=error.code.value, detail=error.detail)
+        return EXIT_FAULT
     except KeyreeveError as error:
         log_error("start_refused", error=error.code.value, detail=error.detail)
         return EXIT_CONFIG
@@ -78,6 +90,7 @@ def _arguments() -> argparse.Namespace:
     how.add_argument("--frames-fd", type=int, help="inherited end of a Unix stream socketpair")
     how.add_argument("--listen", type=Path, help="socket file to make and serve")
     how.add_argument("--check-config", action="store_true", help="read the configuration and exit")
+    parser.add_argument("--launcher-fd", type=int, help="inherited socket of a launcher that the supervisor started")
     return parser.parse_args()
 
 
@@ -89,11 +102,19 @@ def _check(config: SignerConfig, *, listens: bool) -> None:
     if config.approvals.required:
         load_approvals(config.approvals)
     for backend in config.backend:
-        if backend.kind is BackendKind.PKCS11 and (pin_file := Path(backend.token().pin_source or "")).exists():
-            check_secret_file(pin_file)  # only the workers read the PIN
+        pin_file = backend.token().pin_source if backend.kind is BackendKind.PKCS11 else None
+        if pin_file is not None and _may_see(Path(pin_file)):
+            check_secret_file(Path(pin_file))  # the launcher reads it, perhaps as a user of its own, and checks again
 
 
-async def _run(config: SignerConfig, arguments: argparse.Namespace) -> None:
+def _may_see(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
+
+
+async def _run(config: SignerConfig, arguments: argparse.Namespace, protections: Protections) -> None:
     backends = {backend.name: _backend(backend) for backend in config.backend}
     keys, now = KeyTable(), _now
     sealer = Sealer(_key_encryption_key(config, backends))
@@ -109,24 +130,30 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace) -> None:
             now=now,
             metrics=metrics,
             approvals=load_approvals(config.approvals),
+            protections=protections,
         ),
         allowed_uids=frozenset(config.listen.allowed_uids),
     )
     workers = [each.worker for each in backends.values() if isinstance(each, WorkerBackend)]
-    launcher = await LauncherLink.start(workers) if workers else None
+    launcher = await _launcher(workers, arguments.launcher_fd)
+    announce: Callable[[], None] = ready_notice("serving") if arguments.listen is not None else lambda: None
+    sockets = [arguments.listen.absolute().parent] if arguments.listen is not None else []
+    confine_signer_files(protections, writes=[], sockets=sockets)
     try:
         for backend in backends.values():
             await (backend.start(launcher) if isinstance(backend, WorkerBackend) else backend.start())
         gc.freeze()
-        log("signer_ready", backends=",".join(backends))
+
+        def ready() -> None:
+            _lock(config, protections, backends)
+            announce()
+
         if arguments.listen is not None:
-            ready = asyncio.Event()
-            serving = asyncio.create_task(_until_signal(server.listen(arguments.listen, ready)))
-            announcing = asyncio.create_task(_announce(ready))
-            await serving
-            announcing.cancel()
+            serving = server.listen(arguments.listen, ready)
         else:
-            await _until_signal(server.serve_fd(arguments.frames_fd))
+            ready()
+            serving = server.serve_fd(arguments.frames_fd)
+        await _until_signal(serving, launcher)
     finally:
         for backend in backends.values():
             await backend.close()
@@ -135,21 +162,42 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace) -> None:
     log("signer_stopped")
 
 
-async def _announce(ready: asyncio.Event) -> None:
-    await ready.wait()
-    notify_ready("serving")
+async def _launcher(workers: list[WorkerSpec], descriptor: int | None) -> LauncherLink | None:
+    if descriptor is not None:
+        return await LauncherLink.adopt(descriptor, workers)
+    return await LauncherLink.start(workers) if workers else None
 
 
-async def _until_signal(serving: Coroutine[None, None, None]) -> None:
-    """Runs until the work ends, or SIGTERM or SIGINT ends it; what was begun is answered first."""
+def _lock(config: SignerConfig, protections: Protections, backends: Mapping[str, Backend]) -> None:
+    """The last step before the first foreign byte is read. Raises: ConfigInvalid where a protection is required and not to be had."""
+    confine_signer_calls(protections)
+    said = log_warning if protections.missing else log
+    said("signer_hardened", **{name.replace("-", "_"): state for name, state in protections.describe().items()})
+    protections.require(config.hardening.required)
+    log("signer_ready", backends=",".join(backends))
+
+
+async def _until_signal(serving: Coroutine[None, None, None], launcher: LauncherLink | None) -> None:
+    """Runs until the work ends, or SIGTERM or SIGINT ends it; what was begun is answered first.
+
+    Raises: Internal where the launcher is gone: its workers went with it, and we could start no others.
+    """
     task = asyncio.create_task(serving)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, task.cancel)
+    missing = asyncio.create_task(launcher.gone.wait()) if launcher is not None else None
+    if missing is not None:
+        missing.add_done_callback(lambda ended: ended.cancelled() or task.cancel())
     try:
         await task
     except asyncio.CancelledError:
+        if launcher is not None and launcher.gone.is_set():
+            raise Internal("the launcher of workers is gone") from None
         log("signal_received")
+    finally:
+        if missing is not None:
+            missing.cancel()
 
 
 def _backend(config: BackendConfig) -> Backend:
@@ -174,6 +222,9 @@ def _backend(config: BackendConfig) -> Backend:
             workers=config.workers or 2,
             policy=_pool_policy(config),
             softhsm_conf=config.softhsm_conf,
+            network=config.network,
+            reads=config.reads,
+            writes=config.writes,
         ),
     )
 

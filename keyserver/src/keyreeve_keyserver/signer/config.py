@@ -14,6 +14,8 @@ from keyreeve_common.pkcs11_uri import Pkcs11Uri, parse_pkcs11_uri
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES
 from keyreeve_common.vault.config import VaultConfig, check_mount
 
+from keyreeve_keyserver.hardening.lockdown import Protection
+
 MAX_WORKERS = 64
 _KEY_PREFIX = re.compile(r"[a-z0-9][a-z0-9-]{0,23}", re.ASCII)
 
@@ -113,6 +115,9 @@ class BackendConfig:
     breaker_faults: int = 5
     breaker_pause: timedelta = timedelta(seconds=1)
     vault: TransitConfig | None = None
+    network: bool | None = None
+    reads: tuple[Path, ...] | None = None
+    writes: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         _check_name(self.name, "name")
@@ -135,8 +140,9 @@ class BackendConfig:
         if self.kind is BackendKind.PKCS11:
             self.token()
             return
-        for key in ("uri", "module", "token_label", "pin_file", "softhsm_conf"):
+        for key in ("uri", "module", "token_label", "pin_file", "softhsm_conf", "network", "reads"):
             _require(getattr(self, key) is None, f"backend {self.name}: {key} is for kind pkcs11 only")
+        _require(not self.writes, f"backend {self.name}: writes is for kind pkcs11 only")
 
     def token(self) -> Pkcs11Uri:
         """The token of a PKCS#11 backend, with its module and the file of its PIN. Raises: ConfigInvalid."""
@@ -196,6 +202,13 @@ class ApprovalsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HardeningConfig:
+    """`required`: protections without which the signer does not start. Without it, what the host lacks is logged and shown by `health`."""
+
+    required: tuple[Protection, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SignerConfig:
     """`default_backend` may be left out where there is one backend only."""
 
@@ -205,6 +218,7 @@ class SignerConfig:
     max_message_bytes: int = MAX_MESSAGE_BYTES
     listen: ListenConfig = field(default_factory=ListenConfig)
     approvals: ApprovalsConfig = field(default_factory=ApprovalsConfig)
+    hardening: HardeningConfig = field(default_factory=HardeningConfig)
 
     def __post_init__(self) -> None:
         names = [backend.name for backend in self.backend]

@@ -43,6 +43,7 @@ from keyreeve_keyserver.domain.keys import (
 )
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import Control, JsonObject
+from keyreeve_keyserver.hardening.lockdown import Protections
 from keyreeve_keyserver.signer.approvals import (
     Approvals,
     is_made_with_approval,
@@ -86,7 +87,9 @@ class ControlService:
         audit: AuditLog | None = None,
         approvals: Approvals | None = None,
         metrics: SignerMetrics | None = None,
+        protections: Protections | None = None,
     ) -> None:
+        self._protections = protections or Protections()
         self._metrics = metrics or SignerMetrics()
         self._backends = backends
         self._keys = keys
@@ -136,10 +139,12 @@ class ControlService:
                     "workers": health.workers,
                     "configured": health.configured,
                     "waiting": health.waiting,
+                    "protections": dict(health.protections),
                 }
                 for name, health in states
             ],
             "keys_loaded": len(self._keys),
+            "protections": dict(self._protections.describe()),
             "audit": asdict(self._audit.status()),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,11 +46,18 @@ class Server:
         reader, writer = await asyncio.open_connection(sock=connection)
         await _Connection(self._signing, self._controls, reader, writer).run()
 
-    async def listen(self, path: Path, ready: asyncio.Event) -> None:
-        """Serves every connection to the socket file until cancelled. Raises: ConfigInvalid."""
-        server = await asyncio.start_unix_server(self._accept, sock=_bind(path))
-        ready.set()
+    async def listen(self, path: Path, listening: Callable[[], None]) -> None:
+        """Serves every connection to the socket file until cancelled; `listening` is called before any is read. Raises: ConfigInvalid."""
+        opened = asyncio.Event()
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await opened.wait()
+            await self._accept(reader, writer)
+
+        server = await asyncio.start_unix_server(accept, sock=_bind(path))
         try:
+            listening()
+            opened.set()
             # Not serve_forever: from Python 3.12 on its end waits for the peers to go, and a front end does not go by itself.
             await asyncio.get_running_loop().create_future()
         finally:

@@ -16,6 +16,7 @@ from typing import Any
 from keyreeve_keyserver import frames
 
 from keyreeve_testing.softhsm import SoftHsmToken
+from keyreeve_testing.users import command_as
 
 _FAST_KDF = {"kdf": "scrypt", "n": 16_384, "p": 1, "r": 8, "salt": "5a" * 32, "version": 1}
 
@@ -107,13 +108,14 @@ def signer_command(config: Path, *how: str) -> list[str]:
 
 
 @contextmanager
-def running_signer(config: Path, *, log: Path) -> Iterator[SignerClient]:
-    """A signer at the other end of a socketpair; its log lines go to the file `log`. It is ended with the block."""
+def running_signer(config: Path, *, log: Path, uid: int | None = None) -> Iterator[SignerClient]:
+    """A signer at the other end of a socketpair; its log lines go to the file `log`. It is ended with the block. `uid`: as another user."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     ours.settimeout(30)
     with theirs, log.open("ab") as stderr:
+        command = signer_command(config, "--frames-fd", str(theirs.fileno()))
         process = subprocess.Popen(
-            signer_command(config, "--frames-fd", str(theirs.fileno())),
+            command if uid is None else command_as(uid, command),
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

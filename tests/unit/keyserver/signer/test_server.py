@@ -17,7 +17,7 @@ async def test_listening_ends_while_a_peer_is_connected(tmp_path: Path) -> None:
     path, ready = tmp_path / "signer.sock", asyncio.Event()
     uids = frozenset({os.getuid()})
     server = Server(cast("SigningService", None), cast("ControlService", None), allowed_uids=uids)
-    listening = asyncio.create_task(server.listen(path, ready))
+    listening = asyncio.create_task(server.listen(path, ready.set))
     await ready.wait()
     _, writer = await asyncio.open_unix_connection(path)
     await asyncio.sleep(0.05)
