@@ -397,7 +397,10 @@ def test_rate_of_a_grant_is_kept_replaced_and_followed(catalog: Catalog, open_ca
     changes = open_catalog().changes_since(0)
     assert changes is not None
     assert changes.grants == (longer,)
+    assert catalog.put_grant(grant(key_id), keep_rate=True).grant.rate == Rate(1 / 3, 7)
+    assert catalog.put_grant(replace(limited, rate=Rate(2, 3)), keep_rate=True).grant.rate == Rate(2, 3)
     assert catalog.put_grant(grant(key_id)).grant.rate is None
+    assert catalog.put_grant(grant(key_id), keep_rate=True).grant.rate is None
 
 
 def test_catalog_of_the_release_before_gets_its_rates(open_catalog: Opener, url: URL) -> None:

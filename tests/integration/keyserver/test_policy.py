@@ -54,6 +54,14 @@ def test_rate_of_a_grant_bounds_one_key_of_one_holder(tmp_path: Path) -> None:
             listed = local.grants.ListGrants(keyserver_pb2.ListGrantsRequest(), timeout=20).grants
             refused = outcome(lambda: grant_with_rate(local, slow.key_id, agent.spiffe_id, 0, 3))
         assert (made.rate.per_second, made.rate.burst) == (1 / 3600, 3)
+        with rig.caller(rig.pki.svid("keyreeve/ca")) as ca:  # makes its grants anew by itself
+            again = ca.grants.CreateGrant(
+                keyserver_pb2.CreateGrantRequest(
+                    key_id=slow.key_id, holder=agent.spiffe_id, purposes=made.purposes, expires_at=None
+                ),
+                timeout=20,
+            )
+        assert again.rate == made.rate
         assert list(listed) == [made]
         assert refused is not None
         assert "per_second" in refused.detail

@@ -958,7 +958,7 @@ class CreateGrantRequest(_message.Message):
     def expires_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def rate(self) -> Global___Rate:
-        """absent: limits.rates.per_grant of each replica"""
+        """Absent: limits.rates.per_grant of each replica. Absent in a call of a key administrator over the network: the rate that the grant has."""
 
     def __init__(
         self,

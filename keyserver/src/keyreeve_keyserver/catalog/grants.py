@@ -24,16 +24,18 @@ class GrantRows:
     def _write(self) -> AbstractContextManager[tuple[Connection, int]]:
         raise NotImplementedError
 
-    def put_grant(self, grant: Grant) -> GrantEntry:
-        """Makes the grant of (key, holder) or replaces it."""
+    def put_grant(self, grant: Grant, *, keep_rate: bool = False) -> GrantEntry:
+        """Makes the grant of (key, holder) or replaces it; with `keep_rate` a grant without a rate leaves the one that stands there."""
         values: dict[str, Any] = {
             "purposes": purposes_to_text(grant.purposes),
             "created_at": time_to_number(grant.created_at),
             "expires_at": None if grant.expires_at is None else time_to_number(grant.expires_at),
             "revoked_at": None,
-            "rate_per_second": None if grant.rate is None else grant.rate.per_second,
-            "rate_burst": None if grant.rate is None else grant.rate.burst,
         }
+        if grant.rate is not None:
+            values |= {"rate_per_second": grant.rate.per_second, "rate_burst": grant.rate.burst}
+        elif not keep_rate:
+            values |= {"rate_per_second": None, "rate_burst": None}
         with self._write() as (connection, seq):
             values["seq"] = seq
             where = _is(grant.key_id, grant.holder)

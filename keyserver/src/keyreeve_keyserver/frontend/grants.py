@@ -39,7 +39,10 @@ class GrantsServicer(keyserver_pb2_grpc.GrantsServicer):
         key = await self._threads.run(self._threads.catalog.key, key_id)
         check_grantable(key.facts, purposes, expires_at, now)
         grant = Grant(key_id, holder, purposes, created_at=now, expires_at=expires_at, rate=rate)
-        entry = await self._threads.run(self._threads.catalog.put_grant, grant)
+        keep_rate = (
+            not current_peer().local
+        )  # the CA makes grants anew by itself: that does not undo an operator's limit
+        entry = await self._threads.run(self._threads.catalog.put_grant, grant, keep_rate=keep_rate)
         self._access.apply_key(key)
         return self._done("grant_created", entry)
 
