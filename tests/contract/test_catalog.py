@@ -20,13 +20,14 @@ from keyreeve_common.errors import (
     StorageBusy,
     Unavailable,
 )
+from keyreeve_common.identity import TrustDomain
 from keyreeve_common.key_id import KeyId, parse_key_id
 from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.schemes import KeyType
 from keyreeve_keyserver.catalog.catalog import Catalog
 from keyreeve_keyserver.catalog.records import KeyEntry, NewKey
 from keyreeve_keyserver.catalog.steps import STEPS, new_column
-from keyreeve_keyserver.domain.keys import KeyState
+from keyreeve_keyserver.domain.keys import JwtProfile, KeyState
 from keyreeve_keyserver.domain.policy import Grant
 from keyreeve_keyserver.domain.quarantine import Cause, Quarantine
 from keyreeve_keyserver.domain.rates import Rate
@@ -416,6 +417,25 @@ def test_catalog_of_the_release_before_gets_its_rates(open_catalog: Opener, url:
     assert found.grant == grant(key_id)
     limited = replace(grant(key_id), rate=Rate(5, 9))
     assert after.put_grant(limited).grant == limited
+
+
+def test_jwt_profile_is_kept_in_a_catalog_of_the_release_before(open_catalog: Opener, url: URL) -> None:
+    before = open_catalog()
+    key_id = make_key(before).key_id
+    with before._engine.begin() as connection:
+        connection.execute(text("DELETE FROM keyreeve_schema_steps WHERE name = 'keys_jwt_profile'"))
+        connection.execute(text("ALTER TABLE keyreeve_keys DROP COLUMN jwt_profile"))
+    after = open_catalog()
+    assert after.begin_key(new_key(), now=NOW).key_id == key_id
+    assert after.key(key_id).jwt_profile is None
+    profile = JwtProfile(TrustDomain("example.org"), timedelta(minutes=5))
+    tokens = NewKey(
+        "r2", KeyType.EC_P256, KeyRole.JWT_AUTHORITY, frozenset({Purpose.JWT_SVID}), "", "tokens", jwt_profile=profile
+    )
+    assert after.begin_key(tokens, now=NOW).jwt_profile == profile
+    assert after.begin_key(tokens, now=NOW).jwt_profile == profile
+    with pytest.raises(Conflict):
+        after.begin_key(replace(tokens, jwt_profile=replace(profile, max_ttl=timedelta(minutes=6))), now=NOW)
 
 
 def disabled_key(catalog: Catalog, request_id: str = "r1") -> KeyId:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -14,6 +16,8 @@ import grpc
 import pytest
 from keyreeve_common.errors import KeyreeveError
 from keyreeve_common.grpc_edge import error_from_rpc
+from keyreeve_common.jws import build_jwt_signing_input
+from keyreeve_common.schemes import SignatureScheme
 from keyreeve_common.v1 import keyserver_pb2, types_pb2
 from keyreeve_testing.keyserver import MESSAGE, KeyServerRig, Stubs, sign_item, verify_p256
 from keyreeve_testing.pki import Svid, TestPki
@@ -325,3 +329,41 @@ def test_files_are_closed_to_others(rig: KeyServerRig) -> None:
     assert modes == {"admin.sock": 0o600, "state": 0o700, "run": 0o700}
     assert (rig.state / "tls-key.pem").stat().st_mode & 0o777 == 0o600
     assert not Path(rig.state / "catalog.sqlite3").stat().st_mode & 0o077
+
+
+def test_a_token_is_signed_within_its_keys_profile(rig: KeyServerRig, agent: Svid) -> None:
+    profile = keyserver_pb2.JwtProfile(trust_domain="example.org")
+    profile.max_ttl.FromSeconds(300)
+    fields = {
+        "role": keyserver_pb2.KEY_ROLE_JWT_AUTHORITY, "purposes": [types_pb2.PURPOSE_JWT_SVID], "jwt_profile": profile,
+    }  # fmt: skip
+    made = rig.create_key("tokens", **fields)
+    assert made.role == keyserver_pb2.KEY_ROLE_JWT_AUTHORITY
+    assert (made.jwt_profile.trust_domain, made.jwt_profile.max_ttl.seconds) == ("example.org", 300)
+    rig.grant(made.key_id, agent.spiffe_id, purposes=[types_pb2.PURPOSE_JWT_SVID])
+    scheme, clock = SignatureScheme.ECDSA_SECP256R1_SHA256, int(time.time())
+    with rig.caller(agent) as stubs:
+        for life, code in ((240, None), (400, "profile_violation")):
+            claims = {"sub": "spiffe://example.org/a", "aud": "db", "exp": clock + life}
+            message = build_jwt_signing_input(scheme, made.key_id, claims)
+            asked = {"purpose": types_pb2.PURPOSE_JWT_SVID, "message": message}
+            if code is None:
+                verify_p256(made.spki_der, stubs.sign(made.key_id, **asked), message)
+            else:
+                assert refusal(stubs, made.key_id, **asked).code.value == code
+        assert refusal(stubs, made.key_id).code.value == "purpose_not_permitted"
+    foreign = keyserver_pb2.JwtProfile(trust_domain="other.test", max_ttl=profile.max_ttl)
+    with pytest.raises(grpc.RpcError, match=r"trust domain is not example\.org"):
+        rig.create_key("foreign", **{**fields, "jwt_profile": foreign})
+
+
+def test_a_digest_needs_the_purpose_in_key_and_grant(rig: KeyServerRig, agent: Svid) -> None:
+    made = rig.create_key("digests", purposes=[types_pb2.PURPOSE_TLS13_SERVER_VERIFY, types_pb2.PURPOSE_DIGEST])
+    asked = {"purpose": types_pb2.PURPOSE_DIGEST, "message": sha256(MESSAGE).digest()}
+    rig.grant(made.key_id, agent.spiffe_id)
+    with rig.caller(agent) as stubs:
+        error = refusal(stubs, made.key_id, **asked)
+        assert error.code.value == "purpose_not_permitted"
+        assert "it is opt-in" in error.detail
+        rig.grant(made.key_id, agent.spiffe_id, purposes=[types_pb2.PURPOSE_DIGEST])
+        verify_p256(made.spki_der, stubs.sign(made.key_id, **asked))

@@ -37,6 +37,7 @@ from keyreeve_keyserver.signer.metrics import SignerMetrics
 from keyreeve_keyserver.signer.spans import BACKEND, JUDGE, RECORD, SpanLog, now_us
 
 _JUDGED_AT_ONCE = 16
+_BYTES_AS_LONG_AS_AN_ITEM = 512
 _Lane = tuple[str, KeyType, int]
 
 
@@ -108,11 +109,13 @@ class SigningService:
         spans, began_us = SpanLog.of(batch.items), now_us()
         refused: list[SignResult] = []
         lanes: dict[_Lane, list[JudgedItem]] = {}
-        for at in range(0, len(batch.items), _JUDGED_AT_ONCE):
-            if at:
-                await asyncio.sleep(0)  # certificates take long to judge: let other batches in
-            for item in batch.items[at : at + _JUDGED_AT_ONCE]:
-                self._judge(item, received, refused, lanes)
+        since_pause = 0
+        for item in batch.items:
+            if since_pause >= _JUDGED_AT_ONCE:
+                await asyncio.sleep(0)  # certificates and CRLs take long to judge: let other batches in
+                since_pause = 0
+            self._judge(item, received, refused, lanes)
+            since_pause += 1 + len(item.message) // _BYTES_AS_LONG_AS_AN_ITEM
         _log_digests(batch, lanes.values())
         spans.step(JUDGE, spans.traces, began_us)
         if refused:

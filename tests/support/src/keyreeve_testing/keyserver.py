@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,9 +166,16 @@ class KeyServerRig:
         with self.local() as local:
             return local.keys.CreateKey(create_request(request_id, **changes), timeout=60)
 
-    def grant(self, key_id: str, holder: str, *, expires_at: Timestamp | None = None) -> keyserver_pb2.Grant:
+    def grant(
+        self,
+        key_id: str,
+        holder: str,
+        *,
+        expires_at: Timestamp | None = None,
+        purposes: Sequence[types_pb2.Purpose.ValueType] = (types_pb2.PURPOSE_TLS13_SERVER_VERIFY,),
+    ) -> keyserver_pb2.Grant:
         request = keyserver_pb2.CreateGrantRequest(
-            key_id=key_id, holder=holder, purposes=[types_pb2.PURPOSE_TLS13_SERVER_VERIFY], expires_at=expires_at
+            key_id=key_id, holder=holder, purposes=purposes, expires_at=expires_at
         )
         with self.local() as local:
             return local.grants.CreateGrant(request, timeout=20)

@@ -24,7 +24,7 @@ from keyreeve_common.verification import verify_signature
 from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.domain.keys import KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
-from keyreeve_keyserver.frames import Refused, SignBatch, Signed, SignItem, SignResult
+from keyreeve_keyserver.frames import Refused, SignBatch, Signed, SignItem, SignResult, SignResults
 from keyreeve_keyserver.signer.service import KeyTable, SigningService
 from keyreeve_testing.statements import Crl, Ocsp, at_production, authority_record, jwt_record, token
 from keyreeve_testing.tbs import AUTHORITY_KEY, LEAF, LEAF_KEY, NOW, certification_request_info, handshake_record
@@ -68,7 +68,8 @@ class Signer:
     def sign(self, *items: SignItem) -> dict[int, SignResult]:
         async def collect() -> dict[int, SignResult]:
             batch = SignBatch(1, "spiffe://td.test/keyreeve/agent/a", items)
-            return {result.id: result async for frame in self.service.sign(batch) for result in frame.results}
+            frames = [frame async for frame in self.service.sign(batch)]
+            return {result.id: result for frame in frames if isinstance(frame, SignResults) for result in frame.results}
 
         return self.loop.run_until_complete(collect())
 

@@ -54,9 +54,11 @@ class StatusRules:
         self.require(utc or element.tag == GENERALIZED_TIME, f"{what} is not a time of the right type")
         digits = 12 if utc else 14
         self.require(len(text) == digits + 1 and text[:digits].isdigit() and text[-1:] == b"Z", f"{what} is no time")
-        century = ("19" if text[:2] >= b"50" else "20") if utc else ""
+        century = (b"19" if text[:2] >= b"50" else b"20") if utc else b""
+        whole = century + text[:digits]
+        month, day, hour, minute, second = (int(whole[at : at + 2]) for at in range(4, 14, 2))
         try:
-            found = datetime.strptime(century + text[:digits].decode("ascii"), "%Y%m%d%H%M%S").replace(tzinfo=UTC)
+            found = datetime(int(whole[:4]), month, day, hour, minute, second, tzinfo=UTC)
         except ValueError:
             raise PurposeMismatch(f"{self.purpose.label}: {what} is no time") from None
         self.require(utc or generalized or found.year >= 2050, f"{what} is GeneralizedTime before 2050")
