@@ -132,6 +132,8 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
     allow: Mapping[str, tuple[str, ...]]
     clock: Callable[[], datetime] = field(default=_utc_now)
     on_end: OnEnd = field(default=_no_one)
+    on_not_admitted: Callable[[str, str, KeyreeveError], None] | None = None
+    """Told of each call that is refused before its service sees it: method, caller as far as known, why."""
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Handler]], handler_call_details: Any
@@ -160,7 +162,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: object, context: Context) -> object:
             began = monotonic()
             try:
-                self._admit(method, context)
+                self._admit_or_report(method, context)
                 answer = await inner(request, context)
             except Exception as error:
                 self.on_end(_short(method), _code_of(error), monotonic() - began)
@@ -174,7 +176,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: object, context: Context) -> AsyncIterator[object]:
             began = monotonic()
             try:
-                self._admit(method, context)
+                self._admit_or_report(method, context)
                 async for answer in inner(request, context):
                     yield answer
             except Exception as error:
@@ -183,6 +185,14 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
             self.on_end(_short(method), "ok", monotonic() - began)
 
         return call
+
+    def _admit_or_report(self, method: str, context: Context) -> None:
+        try:
+            self._admit(method, context)
+        except KeyreeveError as error:
+            if self.on_not_admitted is not None:
+                self.on_not_admitted(method, _peer_name(context), error)
+            raise
 
     def _admit(self, method: str, context: Context) -> None:
         peer = peer_of(context)

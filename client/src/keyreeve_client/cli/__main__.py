@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from keyreeve_common.errors import ErrorCode, FailedPrecondition, KeyreeveError, Unavailable
 
-from keyreeve_client.cli import approvals, entries, keys, nodes, quarantines, services, svids
+from keyreeve_client.cli import approvals, audit, entries, keys, nodes, quarantines, services, svids
 from keyreeve_client.cli.doctor.command import doctor
 from keyreeve_client.cli.output import OutputFormat, set_default_output, show_text
 
@@ -46,6 +46,7 @@ def build_app(asked: Sequence[str] = ()) -> typer.Typer:
     app.add_typer(svids.app, name="svid")
     app.add_typer(svids.authorities, name="authority")
     app.add_typer(svids.bundles, name="bundle")
+    app.add_typer(audit.app, name="audit")
     app.command("doctor")(doctor)
     _add_brought_commands(app, asked)
     return app

@@ -66,6 +66,14 @@ def rate_proto(text: str | None, burst: int | None) -> keyserver_pb2.Rate | None
     return keyserver_pb2.Rate(per_second=count / _SECONDS[match[2]], burst=2 * count if burst is None else burst)
 
 
+def instant(text: str) -> datetime:
+    """A time in RFC 3339 with its zone."""
+    when = _instant(text)
+    if when is None:
+        raise typer.BadParameter(f"{text[:64]!r} is not a time such as 2030-01-31T12:00:00Z")
+    return when
+
+
 def _instant(text: str) -> datetime | None:
     if "T" not in text:
         return None

@@ -64,8 +64,8 @@ def check_name(name: str) -> str:
 
 
 def parse_vkey(line: str) -> VerifierKey:
-    """The key of `name+id+base64`. Raises: InvalidRequest."""
-    name, _, rest = line.strip().partition("+")
+    """The key of `name+id+base64`, with or without a line break at its end. Raises: InvalidRequest."""
+    name, _, rest = line.removesuffix("\n").partition("+")
     key_id, _, encoded = rest.partition("+")
     data = _base64(encoded, "vkey")
     if len(data) != 1 + _KEY_BYTES:

@@ -24,6 +24,9 @@ class AuditLog(Protocol):
     def enabled(self) -> bool:
         """Whether anything is recorded at all."""
 
+    async def start(self) -> None:
+        """Raises: FailedPrecondition, ConfigInvalid: an operator must act."""
+
     async def append(self, records: Sequence[AuditRecord]) -> None:
         """Returns when the records are in the log, all of them, as safe as its fsync policy says. None of them is when this raises.
 
@@ -33,14 +36,23 @@ class AuditLog(Protocol):
     def status(self) -> AuditStatus:
         """For `health`; waits for nothing."""
 
+    async def close(self) -> None:
+        """Publishes what there is. Nothing is appended after it."""
+
 
 class NullAuditLog:
     """Records nothing: a signer whose configuration has no `[audit]`."""
 
     enabled = False
 
+    async def start(self) -> None:
+        return
+
     async def append(self, records: Sequence[AuditRecord]) -> None:
         return
 
     def status(self) -> AuditStatus:
         return AuditStatus("off", "the configuration has no [audit]: nothing is recorded")
+
+    async def close(self) -> None:
+        return

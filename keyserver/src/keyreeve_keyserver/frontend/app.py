@@ -26,6 +26,7 @@ from keyreeve_keyserver.catalog.listen import ChangeListener
 from keyreeve_keyserver.config import KeyServerConfig
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
 from keyreeve_keyserver.frontend.admission import Admission
+from keyreeve_keyserver.frontend.audit_trail import AuditTrail
 from keyreeve_keyserver.frontend.canary import Canaries
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.freshness import FreshnessWatch
@@ -53,6 +54,7 @@ _OPTIONS = [
     *SERVER_PING_OPTIONS,
 ]
 _CATALOG_RETRY_S = 0.5
+_FLUSH_S = 2.0
 _SERVICES = "/keyreeve.keyserver.v1."
 
 
@@ -105,7 +107,10 @@ class FrontEnd:
         self._tracing = open_tracing(config.telemetry, "keyreeve-keyserver")
         self._traces = RequestTraces(self._tracing)
         self._metrics_server = MetricsServer([self._metrics.snapshot, SignerMetrics(self._link)])
-        self._edge = EdgeInterceptor(lambda: config.trust_domain, allow_table(config), clock)
+        self._trail = AuditTrail(self._link, clock)
+        self._edge = EdgeInterceptor(
+            lambda: config.trust_domain, allow_table(config), clock, on_not_admitted=self._trail.call_refused
+        )
 
     def stop(self) -> None:
         self._stopping.set()
@@ -136,6 +141,7 @@ class FrontEnd:
                 tasks.append(asyncio.create_task(ChangeListener(catalog.url, access.wake).run()))
             tasks.append(asyncio.create_task(FreshnessWatch(access).run()))
             tasks.append(asyncio.create_task(_as_coroutine(serve_signer(self._link))))
+            tasks.append(asyncio.create_task(self._trail.run()))
             tasks.append(asyncio.create_task(self._life.reap(self._config.keys.reap_interval)))
             self._servicers = servicers
             if self._config.canary.interval:
@@ -154,6 +160,7 @@ class FrontEnd:
                 await ready()
             await self._stopping.wait()
             await self._drain(admin)
+            await self._trail.flush(within_s=_FLUSH_S)
         finally:
             for task in tasks:
                 task.cancel()
@@ -198,6 +205,7 @@ class FrontEnd:
             admission=admission,
         )
         access.on_disabled = engine.forget
+        trail = engine.trail = self._trail
         engine.on_faulty = access.apply_key
         self._life = KeyLifeService(
             threads=threads, access=access, link=self._link, engine=engine, config=config, clock=clock
@@ -208,6 +216,7 @@ class FrontEnd:
         metrics.watch(self._link, access, self._identity)
         exempt = frozenset(str(admin) for admin in config.key_admins)
         watch = QuarantineWatch(config.quarantine, access, threads, exempt=exempt, clock=clock)
+        watch.trail = trail
         servicers = Servicers(
             signing=SigningServicer(access, engine, config.limits, clock, watch),
             key_admin=KeyAdminServicer(
@@ -220,9 +229,11 @@ class FrontEnd:
                 control_timeout=config.limits.control_timeout,
                 clock=clock,
             ),
-            grants=GrantsServicer(threads=threads, access=access, trust_domain=config.trust_domain, clock=clock),
+            grants=GrantsServicer(
+                threads=threads, access=access, trust_domain=config.trust_domain, clock=clock, trail=trail
+            ),
             quarantines=QuarantinesServicer(
-                threads=threads, access=access, trust_domain=config.trust_domain, clock=clock
+                threads=threads, access=access, trust_domain=config.trust_domain, clock=clock, trail=trail
             ),
             identity=ServiceIdentityServicer(self._identity, self._open_tls),
             health=HealthServicer(link=self._link, access=access, identity=self._identity, clock=clock),

@@ -21,6 +21,7 @@ from keyreeve_keyserver.domain.keys import KeyState
 from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import CatalogThreads
 from keyreeve_keyserver.frontend.admission import Admission
+from keyreeve_keyserver.frontend.audit_trail import AuditTrail
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import OnResults, SignerLink
 from keyreeve_keyserver.frontend.traces import RequestTraces
@@ -47,6 +48,7 @@ class SigningEngine:
         self.metrics = metrics
         self._traces = traces or RequestTraces(Tracing())
         self._admission = admission
+        self.trail = AuditTrail()
         self.signatures: Counter[str] = Counter()
         self.on_faulty: Callable[[KeyEntry], None] = lambda _: (
             None
@@ -106,6 +108,9 @@ class SigningEngine:
         outcomes = await asyncio.gather(*loads, return_exceptions=True)
         failures = {key_id: _shown(outcome) for key_id, outcome in zip(key_ids, outcomes, strict=True) if outcome}
         if failures:
+            for item in items:
+                if (failure := failures.get(item.key_id)) is not None:
+                    self.trail.refused_item(caller, item, failure)
             on_results([Refused(item.id, failures[item.key_id]) for item in items if item.key_id in failures])
         spent_s = monotonic() - began
         again = [_later(item, spent_s) for item in items if item.key_id not in failures]

@@ -11,23 +11,32 @@ from keyreeve_common.grpc_edge import current_peer
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.key_id import parse_key_id
 from keyreeve_common.telemetry import log
+from keyreeve_common.transparency.records import Event
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 
 from keyreeve_keyserver.catalog.records import GrantEntry
 from keyreeve_keyserver.domain.policy import Grant, check_expiry, check_grantable
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
+from keyreeve_keyserver.frontend.audit_trail import AuditTrail
 from keyreeve_keyserver.frontend.key_admin import page_size
 from keyreeve_keyserver.frontend.protos import grant_to_proto, purposes_from_proto, rate_from_proto, time_from_proto
 
 
 class GrantsServicer(keyserver_pb2_grpc.GrantsServicer):
     def __init__(
-        self, *, threads: CatalogThreads, access: Access, trust_domain: TrustDomain, clock: Callable[[], datetime]
+        self,
+        *,
+        threads: CatalogThreads,
+        access: Access,
+        trust_domain: TrustDomain,
+        clock: Callable[[], datetime],
+        trail: AuditTrail | None = None,
     ) -> None:
         self._threads = threads
         self._access = access
         self._trust_domain = trust_domain
         self._clock = clock
+        self._trail = trail or AuditTrail()
 
     async def CreateGrant(self, request: keyserver_pb2.CreateGrantRequest, context: Any) -> keyserver_pb2.Grant:
         now = self._clock()
@@ -39,10 +48,10 @@ class GrantsServicer(keyserver_pb2_grpc.GrantsServicer):
         key = await self._threads.run(self._threads.catalog.key, key_id)
         check_grantable(key.facts, purposes, expires_at, now)
         grant = Grant(key_id, holder, purposes, created_at=now, expires_at=expires_at, rate=rate)
-        keep_rate = (
-            not current_peer().local
-        )  # the CA makes grants anew by itself: that does not undo an operator's limit
-        entry = await self._threads.run(self._threads.catalog.put_grant, grant, keep_rate=keep_rate)
+        # The CA makes grants anew by itself: that does not undo an operator's limit.
+        keep_rate = not current_peer().local
+        async with self._trail.recorded(Event.GRANT_CREATED, **_facts(grant)):
+            entry = await self._threads.run(self._threads.catalog.put_grant, grant, keep_rate=keep_rate)
         self._access.apply_key(key)
         return self._done("grant_created", entry)
 
@@ -52,13 +61,17 @@ class GrantsServicer(keyserver_pb2_grpc.GrantsServicer):
         now = self._clock()
         expires_at = time_from_proto(request.expires_at, "expires_at")
         check_expiry(expires_at, now)
-        entry = await self._threads.run(
-            self._threads.catalog.extend_grant,
-            parse_key_id(request.key_id),
-            self._holder(request.holder),
-            expires_at=expires_at,
-            now=now,
-        )
+        key_id, holder = parse_key_id(request.key_id), self._holder(request.holder)
+        facts = {
+            "caller": current_peer().name,
+            "key_id": key_id,
+            "holder": holder,
+            "expires_at": expires_at.isoformat(),
+        }
+        async with self._trail.recorded(Event.GRANT_EXTENDED, **facts):
+            entry = await self._threads.run(
+                self._threads.catalog.extend_grant, key_id, holder, expires_at=expires_at, now=now
+            )
         return self._done("grant_extended", entry)
 
     async def RevokeGrant(self, request: keyserver_pb2.RevokeGrantRequest, context: Any) -> keyserver_pb2.Grant:
@@ -68,6 +81,8 @@ class GrantsServicer(keyserver_pb2_grpc.GrantsServicer):
             self._holder(request.holder),
             now=self._clock(),
         )
+        # Taking power away waits for no record: whoever fills the log's disk must not keep access by it.
+        self._trail.note(Event.GRANT_REVOKED, **_facts(entry.grant))
         return self._done("grant_revoked", entry)
 
     async def ListGrants(
@@ -97,6 +112,17 @@ class GrantsServicer(keyserver_pb2_grpc.GrantsServicer):
         self._access.apply_grant(entry)
         log(event, caller=current_peer().name, key_id=entry.grant.key_id, holder=entry.grant.holder)
         return grant_to_proto(entry.grant)
+
+
+def _facts(grant: Grant) -> dict[str, str]:
+    return {
+        "caller": current_peer().name,
+        "key_id": grant.key_id,
+        "holder": grant.holder,
+        "purposes": ",".join(sorted(purpose.label for purpose in grant.purposes)),
+        "expires_at": grant.expires_at.isoformat() if grant.expires_at else "",
+        "rate": f"{grant.rate.per_second:g}/s burst {grant.rate.burst}" if grant.rate else "",
+    }
 
 
 def _parse_token(token: str) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from keyreeve_common.identity import TrustDomain
 from keyreeve_common.key_id import KeyId, parse_key_id
 from keyreeve_common.purposes import KeyRole
 from keyreeve_common.telemetry import log, log_warning
+from keyreeve_common.transparency.records import Event
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 
 from keyreeve_keyserver.catalog.catalog import Catalog
@@ -83,6 +84,7 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
         if entry.state is None:
             entry = await self._create_once(new.request_id, entry)
             log("key_created", caller=caller, key_id=entry.key_id, backend=entry.backend)
+            self._engine.trail.note(Event.KEY_CREATED, caller=caller, key_id=entry.key_id, label=entry.label)
         return entry
 
     async def GetKey(self, request: keyserver_pb2.GetKeyRequest, context: Any) -> keyserver_pb2.Key:
@@ -99,11 +101,14 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
 
     async def DisableKey(self, request: keyserver_pb2.DisableKeyRequest, context: Any) -> keyserver_pb2.Key:
         entry = await self._move(parse_key_id(request.key_id), KeyState.DISABLED, KeyState.ENABLED)
+        self._engine.trail.note(Event.KEY_DISABLED, caller=current_peer().name, key_id=entry.key_id)
         self._engine.forget(entry.key_id)
         return self._shown(entry)
 
     async def EnableKey(self, request: keyserver_pb2.EnableKeyRequest, context: Any) -> keyserver_pb2.Key:
-        return self._shown(await self._move(parse_key_id(request.key_id), KeyState.ENABLED, KeyState.DISABLED))
+        key_id = parse_key_id(request.key_id)
+        async with self._engine.trail.recorded(Event.KEY_ENABLED, caller=current_peer().name, key_id=key_id):
+            return self._shown(await self._move(key_id, KeyState.ENABLED, KeyState.DISABLED))
 
     async def DestroyKey(self, request: keyserver_pb2.DestroyKeyRequest, context: Any) -> keyserver_pb2.Key:
         return self._shown(await self._life.schedule_destruction(parse_key_id(request.key_id), after=None))

@@ -119,6 +119,9 @@ class KeyLifeService:
         if done is None:  # another administrator was first
             return await self._threads.run(catalog.key, entry.key_id)
         log("key_destruction_scheduled", caller=caller, key_id=entry.key_id, destroy_at=at.isoformat())
+        self._engine.trail.note(
+            "key_destruction_scheduled", caller=caller, key_id=entry.key_id, destroy_at=at.isoformat()
+        )
         self._access.apply_key(done)
         return done
 
@@ -179,6 +182,7 @@ class KeyLifeService:
                 raise FailedPrecondition("the key is destroyed")
             return entry
         log("key_destruction_cancelled", caller=current_peer().name, key_id=key_id)
+        self._engine.trail.note("key_destruction_cancelled", caller=current_peer().name, key_id=key_id)
         self._access.apply_key(entry)
         return entry
 

@@ -20,6 +20,7 @@ from keyreeve_keyserver.catalog.records import QuarantineEntry
 from keyreeve_keyserver.config import QuarantineConfig
 from keyreeve_keyserver.domain.quarantine import Cause, Conduct, Quarantine
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
+from keyreeve_keyserver.frontend.audit_trail import AuditTrail
 from keyreeve_keyserver.frontend.rates import RateExceeded
 
 Refusal = tuple[str, int, KeyreeveError]  # key id, purpose, error
@@ -64,6 +65,7 @@ class QuarantineWatch:
         self._sweep_at = _SWEEP_AT
         self._fired_ns: deque[int] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.trail = AuditTrail()
 
     def refused(self, holder: str, refusals: Sequence[Refusal], *, by_signer: bool = False) -> None:
         """Takes note of refusals that this holder got, from the front end or from the signer."""
@@ -123,6 +125,7 @@ class QuarantineWatch:
         until = "lifted" if quarantine.until is None else quarantine.until.isoformat()
         log_error("holder_quarantined", holder=holder, cause=cause.value, count=count, until=until)
         self._access.quarantine_here(quarantine)
+        self.trail.note("holder_quarantined", caller=quarantine.set_by, holder=holder, cause=cause.value, count=count)
         task = asyncio.get_running_loop().create_task(self._keep(quarantine))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -16,6 +16,7 @@ from keyreeve_keyserver.catalog.records import QuarantineEntry
 from keyreeve_keyserver.domain.policy import check_expiry
 from keyreeve_keyserver.domain.quarantine import MAX_REASON_BYTES, Cause, Quarantine
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
+from keyreeve_keyserver.frontend.audit_trail import AuditTrail
 from keyreeve_keyserver.frontend.key_admin import page_size
 from keyreeve_keyserver.frontend.protos import time_from_proto, time_to_proto
 
@@ -24,12 +25,19 @@ _CAUSES = {cause: keyserver_pb2.QuarantineCause.Value(f"QUARANTINE_CAUSE_{cause.
 
 class QuarantinesServicer(keyserver_pb2_grpc.QuarantinesServicer):
     def __init__(
-        self, *, threads: CatalogThreads, access: Access, trust_domain: TrustDomain, clock: Callable[[], datetime]
+        self,
+        *,
+        threads: CatalogThreads,
+        access: Access,
+        trust_domain: TrustDomain,
+        clock: Callable[[], datetime],
+        trail: AuditTrail | None = None,
     ) -> None:
         self._threads = threads
         self._access = access
         self._trust_domain = trust_domain
         self._clock = clock
+        self._trail = trail or AuditTrail()
 
     async def AddQuarantine(
         self, request: keyserver_pb2.AddQuarantineRequest, context: Any
@@ -44,13 +52,17 @@ class QuarantinesServicer(keyserver_pb2_grpc.QuarantinesServicer):
         entry = await self._threads.run(self._threads.catalog.put_quarantine, new)
         self._access.apply_quarantine(entry)
         log_warning("holder_quarantined", caller=new.set_by, holder=new.holder, cause=new.cause.value, reason=reason)
+        self._trail.note(
+            "holder_quarantined", caller=new.set_by, holder=new.holder, cause=new.cause.value, reason=reason
+        )
         return _to_proto(entry)
 
     async def LiftQuarantine(
         self, request: keyserver_pb2.LiftQuarantineRequest, context: Any
     ) -> keyserver_pb2.Quarantine:
         holder = self._holder(request.holder)
-        entry = await self._threads.run(self._threads.catalog.lift_quarantine, holder, now=self._clock())
+        async with self._trail.recorded("quarantine_lifted", caller=current_peer().name, holder=holder):
+            entry = await self._threads.run(self._threads.catalog.lift_quarantine, holder, now=self._clock())
         self._access.apply_quarantine(entry)
         log_warning("quarantine_lifted", caller=current_peer().name, holder=holder)
         return _to_proto(entry)

@@ -14,12 +14,14 @@ from keyreeve_common.telemetry import log_warning
 
 from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import Access
+from keyreeve_keyserver.frontend.audit_trail import AuditTrail
 from keyreeve_keyserver.frontend.signer_link import OnResults
 
 
 class ReleaseGate:
-    def __init__(self, access: Access, clock: Callable[[], datetime]) -> None:
+    def __init__(self, access: Access, clock: Callable[[], datetime], trail: AuditTrail | None = None) -> None:
         self._access = access
+        self._trail = trail or AuditTrail()
         self._clock = clock
 
     def guard(self, caller: str, items: Sequence[SignItem], on_results: OnResults) -> OnResults:
@@ -54,5 +56,8 @@ class ReleaseGate:
             self._access.require_fresh()
             self._access.authorize(caller, item.key_id, item.purpose, now)
         except KeyreeveError as error:
+            self._trail.refused_item(
+                caller, item, error
+            )  # its signature is on record too: it was made, and did not leave
             return Refused(item.id, error)
         return result

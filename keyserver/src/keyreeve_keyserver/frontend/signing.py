@@ -61,7 +61,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         self.engine = engine
         self.limits = limits
         self.clock = clock
-        self.gate = ReleaseGate(access, clock)
+        self.gate = ReleaseGate(access, clock, engine.trail)
         self._watch = watch
         self._rates = RateLimiter(limits.rates)
         self._bound_ms = int(limits.sign_timeout / timedelta(milliseconds=1))
@@ -111,6 +111,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
             return self._judged(caller, number, request, deadline_ms, now)
         except KeyreeveError as error:
             self.engine.metrics.refused(request.purpose, error.code.value)
+            self.record_refusal(caller, request, error)
             raise
 
     def _judged(self, caller: str, number: int, request: _Request, deadline_ms: int, now: datetime) -> SignItem:
@@ -129,6 +130,17 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         if grant is not None:
             self._rates.admit(grant)
         return SignItem(number, key_id, request.scheme, request.purpose, deadline_ms, message, trace)
+
+    def record_refusal(self, caller: str, request: _Request, error: KeyreeveError) -> None:
+        self.engine.trail.refusal(
+            caller,
+            error,
+            key_id=request.key_id,
+            purpose=request.purpose,
+            scheme=request.scheme,
+            trace=request.trace,
+            message=request.message,
+        )
 
     def refused(
         self, peer: Peer, refusals: Sequence[tuple[str, int, KeyreeveError]], *, by_signer: bool = False
@@ -272,6 +284,7 @@ class _Stream:
         self._service.refused(self._peer, [("", 0, error)])
         for request in requests:
             self._service.engine.metrics.refused(request.purpose, error.code.value)
+            self._service.record_refusal(self._caller, request, error)
         shown = error_to_proto(error)
         self._answer([keyserver_pb2.SignResult(id=request.id, error=shown) for request in requests])
 

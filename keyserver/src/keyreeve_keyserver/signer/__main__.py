@@ -18,9 +18,12 @@ from pathlib import Path
 
 from keyreeve_common.config import load_config
 from keyreeve_common.errors import ConfigInvalid, Internal, KeyreeveError, TokenPinIncorrect
-from keyreeve_common.files import check_secret_file, read_secret
+from keyreeve_common.files import check_secret_file, make_private_directory, read_secret
 from keyreeve_common.telemetry import configure_logging, log, log_error, log_warning, ready_notice
 
+from keyreeve_keyserver.audit.file_log import FileAuditLog
+from keyreeve_keyserver.audit.ports import AuditLog, NullAuditLog
+from keyreeve_keyserver.audit.publication import DIRECTORY_MODE
 from keyreeve_keyserver.backends.launch import WorkerSpec
 from keyreeve_keyserver.backends.launcher_link import LauncherLink
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
@@ -117,11 +120,12 @@ def _may_see(path: Path) -> bool:
 async def _run(config: SignerConfig, arguments: argparse.Namespace, protections: Protections) -> None:
     backends = {backend.name: _backend(backend) for backend in config.backend}
     keys, now = KeyTable(), _now
-    sealer = Sealer(_key_encryption_key(config, backends))
+    kek = _key_encryption_key(config, backends)
+    sealer, audit = Sealer(kek), _audit_log(config, kek)
     metrics = SignerMetrics()
     metrics.watch(backends, keys)
     server = Server(
-        SigningService(backends, keys, now=now, max_message=config.max_message_bytes, metrics=metrics),
+        SigningService(backends, keys, now=now, max_message=config.max_message_bytes, metrics=metrics, audit=audit),
         ControlService(
             backends,
             keys,
@@ -129,6 +133,7 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace, protections:
             default_backend=config.default_name,
             now=now,
             metrics=metrics,
+            audit=audit,
             approvals=load_approvals(config.approvals),
             protections=protections,
         ),
@@ -138,10 +143,11 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace, protections:
     launcher = await _launcher(workers, arguments.launcher_fd)
     announce: Callable[[], None] = ready_notice("serving") if arguments.listen is not None else lambda: None
     sockets = [arguments.listen.absolute().parent] if arguments.listen is not None else []
-    confine_signer_files(protections, writes=[], sockets=sockets)
+    confine_signer_files(protections, writes=_written(config), sockets=sockets)
     try:
         for backend in backends.values():
             await (backend.start(launcher) if isinstance(backend, WorkerBackend) else backend.start())
+        await audit.start()
         gc.freeze()
 
         def ready() -> None:
@@ -155,6 +161,7 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace, protections:
             serving = server.serve_fd(arguments.frames_fd)
         await _until_signal(serving, launcher)
     finally:
+        await audit.close()
         for backend in backends.values():
             await backend.close()
         if launcher is not None:
@@ -198,6 +205,21 @@ async def _until_signal(serving: Coroutine[None, None, None], launcher: Launcher
     finally:
         if missing is not None:
             missing.cancel()
+
+
+def _written(config: SignerConfig) -> list[Path]:
+    """The one place that the signer writes to, made while it still may. Raises: ConfigInvalid."""
+    if config.audit is None:
+        return []
+    make_private_directory(config.audit.directory, mode=DIRECTORY_MODE)
+    return [config.audit.directory]
+
+
+def _audit_log(config: SignerConfig, kek: KeyEncryptionKey) -> AuditLog:
+    if config.audit is None:
+        log_warning("audit_log_off", detail="signer.toml has no [audit]: no signature is recorded")
+        return NullAuditLog()
+    return FileAuditLog(config.audit, kek, now=_now)
 
 
 def _backend(config: BackendConfig) -> Backend:

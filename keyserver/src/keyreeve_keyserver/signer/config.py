@@ -14,6 +14,7 @@ from keyreeve_common.pkcs11_uri import Pkcs11Uri, parse_pkcs11_uri
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES
 from keyreeve_common.vault.config import VaultConfig, check_mount
 
+from keyreeve_keyserver.audit.config import AuditConfig
 from keyreeve_keyserver.hardening.lockdown import Protection
 
 MAX_WORKERS = 64
@@ -219,6 +220,7 @@ class SignerConfig:
     listen: ListenConfig = field(default_factory=ListenConfig)
     approvals: ApprovalsConfig = field(default_factory=ApprovalsConfig)
     hardening: HardeningConfig = field(default_factory=HardeningConfig)
+    audit: AuditConfig | None = None
 
     def __post_init__(self) -> None:
         names = [backend.name for backend in self.backend]

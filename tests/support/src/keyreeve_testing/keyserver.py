@@ -89,6 +89,10 @@ class KeyServerRig:
         return self.directory / "state"
 
     @property
+    def audit_directory(self) -> Path:
+        return self.directory / "audit"
+
+    @property
     def admin_socket(self) -> Path:
         return self.directory / "run" / "admin.sock"
 
@@ -115,6 +119,7 @@ class KeyServerRig:
             lines += ["[[backend]]", 'name = "hsm"', 'kind = "pkcs11"', "workers = 1"]
             lines += [f'module = "{self.token.module}"', f'token_label = "{self.token.label}"']
             lines += [f'pin_file = "{self.token.pin_file}"', f'softhsm_conf = "{self.token.conf}"']
+        lines += ["[audit]", 'directory = "audit"', 'checkpoint_interval = "500ms"']
         path = self.directory / "signer.toml"
         path.write_text("\n".join(lines) + "\n")
         return path

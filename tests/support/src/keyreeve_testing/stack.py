@@ -139,6 +139,10 @@ class Stack:
         return self.directory / "secrets" / "passphrase"
 
     @property
+    def audit_directory(self) -> Path:
+        return self.directory / "audit"
+
+    @property
     def kdf_file(self) -> Path:
         return self.directory / "secrets" / "passphrase.kdf"
 
@@ -276,7 +280,10 @@ module = "{self.token.module}"
 token_label = "{self.token.label}"
 pin_file = "{self.token.pin_file}"
 softhsm_conf = "{self.token.conf}"
-{software}"""
+{software}
+[audit]
+directory = "{self.audit_directory}"
+"""
 
     def _keyserver_toml(self) -> str:
         return f"""trust_domain = "{self.config.trust_domain}"

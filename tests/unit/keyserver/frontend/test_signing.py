@@ -15,6 +15,7 @@ from keyreeve_common.x509_svid import parse_x509_svid
 from keyreeve_keyserver.config import Limits
 from keyreeve_keyserver.frames import Signed, SignItem
 from keyreeve_keyserver.frontend.access import Access
+from keyreeve_keyserver.frontend.audit_trail import AuditTrail
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import OnResults
@@ -40,6 +41,7 @@ class ScriptedEngine:
     """Keeps what is submitted until `answer`."""
 
     def __init__(self) -> None:
+        self.trail = AuditTrail()
         self.waiting: list[tuple[Sequence[SignItem], OnResults]] = []
         self.submitted = asyncio.Event()
         self.count = 0
