@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 from keyreeve_common.approvals import ApprovalRequest, Operation, PrivateKey, sign_request
 from keyreeve_common.errors import (
     ApprovalInvalid,
@@ -21,8 +21,10 @@ from keyreeve_common.errors import (
     InvalidRequest,
     SealedRecordInvalid,
 )
+from keyreeve_common.key_attestation import verify_attestation
 from keyreeve_keyserver import frames
 from keyreeve_testing.signer import SignerClient, running_signer, signer_command, write_signer_config
+from keyreeve_testing.softhsm import make_softhsm_token, softhsm_is_installed
 from keyreeve_testing.tbs import AUTHORITY_NAME
 
 
@@ -290,3 +292,73 @@ class TestApprovals:
 def test_signer_warns_that_nobody_is_asked(signer: SignerClient, tmp_path: Path) -> None:
     signer.control("health")
     assert '"approvals_not_configured"' in (tmp_path / "signer.log").read_text()
+
+
+def attest(signer: SignerClient, record: str, sealed: str, nonce: bytes = bytes(16)) -> dict[str, Any]:
+    encoded = base64.b64encode(nonce).decode()
+    return signer.control("attest_key", record=record, nonce=encoded, attestation_key=sealed)
+
+
+def statement_of(answer: dict[str, Any]) -> dict[str, Any]:
+    public_key = load_der_public_key(base64.b64decode(answer["public_key"]))
+    assert isinstance(public_key, ed25519.Ed25519PublicKey)
+    return dict(verify_attestation(answer["attestation"], public_key, nonce=bytes(16)).statement)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "software",
+        pytest.param(
+            "hsm",
+            marks=[
+                pytest.mark.softhsm,
+                pytest.mark.skipif(not softhsm_is_installed(), reason="softhsm2 is not installed"),
+            ],
+        ),
+    ],
+)
+def test_attestation_says_what_the_token_says_and_holds_across_processes(tmp_path: Path, backend: str) -> None:
+    token = make_softhsm_token(tmp_path / "softhsm") if backend == "hsm" else None
+    config = write_signer_config(tmp_path / "etc", token=token)
+    with running_signer(config, log=tmp_path / "log") as signer:
+        made = signer.control(
+            "create_key",
+            key_id="k",
+            key_type="ec-p256",
+            role="handshake",
+            purposes=["tls13_server_verify"],
+            backend=backend,
+        )
+        sealed = signer.control("make_attestation_key")["attestation_key"]
+        first = attest(signer, made["record"], sealed)
+        assert signer.control("health")["keys_loaded"] == 0
+        signer.control("load_key", record=made["record"])
+        attest(signer, made["record"], sealed)
+        assert signer.control("health")["keys_loaded"] == 1
+    with running_signer(config, log=tmp_path / "log") as signer:
+        second = attest(signer, made["record"], sealed)
+    assert first["public_key"] == second["public_key"]
+    for told in map(statement_of, (first, second)):
+        assert (told["key_id"], told["spki_der"], told["purposes"]) == ("k", made["spki_der"], ["tls13_server_verify"])
+        in_token = backend == "hsm"
+        assert told["custody"] == ("token-resident" if in_token else "sealed-software")
+        assert told["token"]["extractable"] is not in_token
+        assert told["token"]["sensitive"] is in_token
+        assert told["token"]["generated_in_token"] is in_token
+        if in_token:
+            assert told["token"]["never_extractable"] is told["token"]["always_sensitive"] is True
+            assert told["token"]["token_serial"]
+
+
+def test_what_is_no_attestation_key_or_nonce_is_refused(signer: SignerClient) -> None:
+    record = create(signer, "k")
+    sealed = base64.b64decode(signer.control("make_attestation_key")["attestation_key"])
+    flipped = sealed[:-1] + bytes((sealed[-1] ^ 1,))
+    for other in (flipped, base64.b64decode(permit(signer, record)), base64.b64decode(record), b""):
+        with pytest.raises(SealedRecordInvalid):
+            attest(signer, record, base64.b64encode(other).decode())
+    with pytest.raises(InvalidRequest, match="nonce"):
+        attest(signer, record, base64.b64encode(sealed).decode(), nonce=bytes(15))
+    with pytest.raises(SealedRecordInvalid):  # nor is it a permit
+        signer.control("destroy_key", record=record, permit=base64.b64encode(sealed).decode())

@@ -16,6 +16,7 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from keyreeve_client.cli.__main__ import run
 from keyreeve_common.files import read_secret
 from keyreeve_common.v1 import keyserver_pb2
 from keyreeve_keyserver.domain.keys import KeyRecord
@@ -188,3 +189,19 @@ def test_destroyed_key_is_gone_from_its_token(tmp_path: Path) -> None:
         schedule(local, key.key_id, seconds=1)
         wait_for(lambda: is_destroyed(rig, key.key_id), "the key was not destroyed")
         assert len(set(token.directory.rglob("*.object"))) == len(objects) - 2  # private and public half
+
+
+def test_key_is_attested_and_verified_by_the_command(rig: KeyServerRig, capsys: pytest.CaptureFixture[str]) -> None:
+    key_id, nonce = rig.create_key().key_id, "ab" * 16
+    told, pinned = rig.directory / "told.json", rig.directory / "attestation.pem"
+    asked = ["key", "attest", key_id, "--key-server-socket", str(rig.admin_socket), "--nonce", nonce]
+    assert run([*asked, "--out", str(told), "--public-key-out", str(pinned)]) == 0
+    assert run([*asked, "--out", str(rig.directory / "again.json")]) == 0  # by the same attestation key
+    verify = ["key", "verify-attestation", "--public-key", str(pinned), "--nonce", nonce, "-o", "json"]
+    for file in (told, rig.directory / "again.json"):
+        capsys.readouterr()
+        assert run([*verify, str(file)]) == 0
+        assert f'"key_id": "{key_id}"' in capsys.readouterr().out
+    told.write_text(told.read_text().replace('"extractable": true', '"extractable": false'))
+    assert run([*verify, str(told)]) == 1
+    assert "does not verify" in capsys.readouterr().err

@@ -121,6 +121,13 @@ def jwt_profile(purposes: Iterable[str], trust_domain: str, max_ttl: str) -> key
     return keyserver_pb2.JwtProfile(trust_domain=domain.name, max_ttl=duration_proto(max_ttl))
 
 
+def hexadecimal(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text[:64]!r} is not hexadecimal") from None
+
+
 def key_type(value: KeyType | None) -> types_pb2.KeyType.ValueType:
     if value is None:
         return types_pb2.KEY_TYPE_UNSPECIFIED

@@ -7,6 +7,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_public_key,
+    load_pem_public_key,
+)
+from keyreeve_common.errors import InvalidRequest
+from keyreeve_common.files import write_atomic
+from keyreeve_common.key_attestation import verify_attestation
 from keyreeve_common.schemes import KeyType
 from keyreeve_common.v1 import keyserver_pb2
 
@@ -20,7 +31,7 @@ from keyreeve_client.cli.connections import (
     all_pages,
     key_server,
 )
-from keyreeve_client.cli.output import Output, show_list, show_one
+from keyreeve_client.cli.output import Output, show_list, show_one, show_row
 
 app = typer.Typer(no_args_is_help=True, help="Keys of the key server.")
 grants = typer.Typer(no_args_is_help=True, help="Who may use which key.")
@@ -146,6 +157,46 @@ def cancel_destruction(
     request = keyserver_pb2.CancelKeyDestructionRequest(key_id=arguments.key_id(key_id))
     with key_server(socket) as stubs:
         show_one(stubs.keys.CancelKeyDestruction(request, timeout=TIMEOUT_S), output)
+
+
+@app.command("attest")
+def attest(
+    key_id: KeyIdArgument,
+    *,
+    nonce: Annotated[str, typer.Option("--nonce", help="From whoever asks: hex, 16 to 64 bytes.")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write the attestation.")],
+    public_key_out: Annotated[
+        Path | None, typer.Option("--public-key-out", help="Where to write the cluster's attestation public key, PEM.")
+    ] = None,
+    socket: KeyServerSocket = DEFAULT_KEY_SERVER_SOCKET,
+) -> None:
+    """Has the key cluster say, signed, what the token says now of a key."""
+    request = keyserver_pb2.AttestKeyRequest(key_id=arguments.key_id(key_id), nonce=arguments.hexadecimal(nonce))
+    with key_server(socket) as stubs:
+        answer = stubs.keys.AttestKey(request, timeout=TIMEOUT_S)
+    write_atomic(out, answer.attestation.encode())
+    if public_key_out is not None:
+        public_key = load_der_public_key(answer.public_key_der)
+        write_atomic(public_key_out, public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+
+
+@app.command("verify-attestation")
+def verify(
+    attestation: Annotated[Path, typer.Argument(help="File of `keyreeve key attest`.")],
+    *,
+    public_key: Annotated[Path, typer.Option("--public-key", help="The cluster's attestation public key, PEM.")],
+    nonce: Annotated[str | None, typer.Option("--nonce", help="The nonce that was asked with, hex.")] = None,
+    output: Output = None,
+) -> None:
+    """Verifies an attestation and shows what it says. Needs no service."""
+    try:
+        key = load_pem_public_key(public_key.read_bytes())
+    except (ValueError, UnsupportedAlgorithm):
+        raise InvalidRequest(f"{public_key}: no public key in PEM") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise InvalidRequest(f"{public_key}: an attestation key is Ed25519")
+    wanted = None if nonce is None else arguments.hexadecimal(nonce)
+    show_row(dict(verify_attestation(attestation.read_bytes(), key, nonce=wanted).statement), output)
 
 
 @grants.command("list")

@@ -764,6 +764,53 @@ class RetireKeyRequest(_message.Message):
 Global___RetireKeyRequest: _TypeAlias = RetireKeyRequest  # noqa: Y015
 
 @_typing.final
+class AttestKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    nonce: _builtins.bytes
+    """16 to 64 bytes"""
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "nonce", b"nonce"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttestKeyRequest: _TypeAlias = AttestKeyRequest  # noqa: Y015
+
+@_typing.final
+class AttestKeyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTESTATION_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_DER_FIELD_NUMBER: _builtins.int
+    attestation: _builtins.str
+    """JSON"""
+    public_key_der: _builtins.bytes
+    """of the cluster's attestation key, SPKI"""
+    def __init__(
+        self,
+        *,
+        attestation: _builtins.str = ...,
+        public_key_der: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attestation", b"attestation", "public_key_der", b"public_key_der"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttestKeyResponse: _TypeAlias = AttestKeyResponse  # noqa: Y015
+
+@_typing.final
 class GetApprovalRequestRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

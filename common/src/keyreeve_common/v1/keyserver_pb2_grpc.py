@@ -204,6 +204,11 @@ class KeyAdminStub:
                 request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.RetireKeyRequest.SerializeToString,
                 response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
                 _registered_method=True)
+        self.AttestKey = channel.unary_unary(
+                '/keyreeve.keyserver.v1.KeyAdmin/AttestKey',
+                request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.AttestKeyRequest.SerializeToString,
+                response_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.AttestKeyResponse.FromString,
+                _registered_method=True)
         self.GetApprovalRequest = channel.unary_unary(
                 '/keyreeve.keyserver.v1.KeyAdmin/GetApprovalRequest',
                 request_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.GetApprovalRequestRequest.SerializeToString,
@@ -284,6 +289,13 @@ class KeyAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AttestKey(self, request, context):
+        """What the backend says now of a key, signed by the cluster (docs/protocol/key-attestation.md).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetApprovalRequest(self, request, context):
         """What approvers are to sign (docs/protocol/approvals.md), for the destruction of a key or for a creation that asked for approvals.
         """
@@ -350,6 +362,11 @@ def add_KeyAdminServicer_to_server(servicer, server):
                     servicer.RetireKey,
                     request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.RetireKeyRequest.FromString,
                     response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.Key.SerializeToString,
+            ),
+            'AttestKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.AttestKey,
+                    request_deserializer=keyreeve__common_dot_v1_dot_keyserver__pb2.AttestKeyRequest.FromString,
+                    response_serializer=keyreeve__common_dot_v1_dot_keyserver__pb2.AttestKeyResponse.SerializeToString,
             ),
             'GetApprovalRequest': grpc.unary_unary_rpc_method_handler(
                     servicer.GetApprovalRequest,
@@ -633,6 +650,33 @@ class KeyAdmin:
             '/keyreeve.keyserver.v1.KeyAdmin/RetireKey',
             keyreeve__common_dot_v1_dot_keyserver__pb2.RetireKeyRequest.SerializeToString,
             keyreeve__common_dot_v1_dot_keyserver__pb2.Key.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AttestKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/keyreeve.keyserver.v1.KeyAdmin/AttestKey',
+            keyreeve__common_dot_v1_dot_keyserver__pb2.AttestKeyRequest.SerializeToString,
+            keyreeve__common_dot_v1_dot_keyserver__pb2.AttestKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

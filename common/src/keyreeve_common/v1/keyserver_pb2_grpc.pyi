@@ -87,6 +87,8 @@ class KeyAdminStub:
     """Makes the next generation of an enabled key: same specification, a copy of its grants. The old one goes on signing. A retry gives the same key."""
     RetireKey: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.RetireKeyRequest, _keyserver_pb2.Key]
     """Has an enabled key disabled at a time: when the last certificate for it ends. A later call moves the time."""
+    AttestKey: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.AttestKeyRequest, _keyserver_pb2.AttestKeyResponse]
+    """What the backend says now of a key, signed by the cluster (docs/protocol/key-attestation.md)."""
     GetApprovalRequest: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.GetApprovalRequestRequest, _keyserver_pb2.ApprovalRequest]
     """What approvers are to sign (docs/protocol/approvals.md), for the destruction of a key or for a creation that asked for approvals."""
     SubmitApprovals: _grpc.UnaryUnaryMultiCallable[_keyserver_pb2.SubmitApprovalsRequest, _keyserver_pb2.SubmitApprovalsResponse]
@@ -111,6 +113,8 @@ class KeyAdminAsyncStub(KeyAdminStub):
     """Makes the next generation of an enabled key: same specification, a copy of its grants. The old one goes on signing. A retry gives the same key."""
     RetireKey: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.RetireKeyRequest, _keyserver_pb2.Key]  # type: ignore[assignment]
     """Has an enabled key disabled at a time: when the last certificate for it ends. A later call moves the time."""
+    AttestKey: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.AttestKeyRequest, _keyserver_pb2.AttestKeyResponse]  # type: ignore[assignment]
+    """What the backend says now of a key, signed by the cluster (docs/protocol/key-attestation.md)."""
     GetApprovalRequest: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.GetApprovalRequestRequest, _keyserver_pb2.ApprovalRequest]  # type: ignore[assignment]
     """What approvers are to sign (docs/protocol/approvals.md), for the destruction of a key or for a creation that asked for approvals."""
     SubmitApprovals: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.SubmitApprovalsRequest, _keyserver_pb2.SubmitApprovalsResponse]  # type: ignore[assignment]
@@ -192,6 +196,14 @@ class KeyAdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_keyserver_pb2.Key, _abc.Awaitable[_keyserver_pb2.Key]]:
         """Has an enabled key disabled at a time: when the last certificate for it ends. A later call moves the time."""
+
+    @_abc_1.abstractmethod
+    def AttestKey(
+        self,
+        request: _keyserver_pb2.AttestKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keyserver_pb2.AttestKeyResponse, _abc.Awaitable[_keyserver_pb2.AttestKeyResponse]]:
+        """What the backend says now of a key, signed by the cluster (docs/protocol/key-attestation.md)."""
 
     @_abc_1.abstractmethod
     def GetApprovalRequest(

@@ -143,6 +143,13 @@ class Token:
         self._wrapped.drop(ref)
         self._retried("finding the key", lambda: self._private_key(ref, wrapped))
 
+    def inspect(self, ref: str, wrapped: bytes) -> JsonObject:
+        """What the token itself says now of this key, and which token it is. Raises: KeyNotFound, SealedRecordInvalid."""
+        self._keys.pop(ref, None)
+        told = self._retried("reading the key", lambda: self._attributes(self._private_key(ref, wrapped)))
+        serial = bytes(self._token.serial or b"").decode("ascii", errors="replace").strip()
+        return {"attributes": {**told, "token_serial": serial}}
+
     def destroy(self, ref: str) -> None:
         self._keys.pop(ref, None)
         self._retried("destroying the key", lambda: self._wrapped.drop(ref))

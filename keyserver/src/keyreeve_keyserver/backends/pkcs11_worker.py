@@ -45,6 +45,8 @@ class Worker:
             return frames.Boxed(token.box(question))
         if isinstance(question, frames.Create):
             return frames.Done(token.create(question.ref, question.label, question.key_type))
+        if isinstance(question, frames.Inspect):
+            return frames.Done(token.inspect(question.ref, question.wrapped))
         if isinstance(question, frames.Ping):
             token.ping()
         elif isinstance(question, frames.Find):

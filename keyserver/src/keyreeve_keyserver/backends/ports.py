@@ -94,6 +94,9 @@ class Backend(Protocol):
     async def load(self, record: KeyRecord, secret: Secret | None) -> None:
         """Makes the key ready to sign. Raises: KeyNotFound, TokenUnavailable, SealedRecordInvalid, KeySelfTestFailed."""
 
+    async def inspect(self, record: KeyRecord, secret: Secret | None) -> dict[str, str | bool]:
+        """What the backend says now of the key, read anew. Raises: KeyNotFound, TokenUnavailable, SealedRecordInvalid."""
+
     def forget(self, key_id: KeyId) -> None:
         """Drops what is in memory of the key; a key that is not loaded is no error."""
 

@@ -82,6 +82,14 @@ _WEIGHTS = {
     KeyType.RSA_4096: 1.0,
 }
 _EXPRESS = (KeyType.EC_P256, KeyType.ED25519)
+# What is true of every software key: it was in this process's memory from the first.
+_ATTRIBUTES: dict[str, str | bool] = {
+    "token": "",
+    "object_label": "",
+    "extractable": True,
+    "sensitive": False,
+    "generated_in_token": False,
+}
 _T = TypeVar("_T")
 _Work = list[tuple[int, SignRequest]]
 
@@ -126,14 +134,10 @@ class SoftwareBackend:
         key = await self._run(_GENERATORS[key_type])
         pkcs8 = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
         spki_der = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        attributes: dict[str, str | bool] = {
-            "token": "",
-            "object_label": "",
-            "extractable": True,
-            "sensitive": False,
-            "generated_in_token": False,
-        }
-        return CreatedKey(spki_der, key_id, Secret(pkcs8), attributes)
+        return CreatedKey(spki_der, key_id, Secret(pkcs8), dict(_ATTRIBUTES))
+
+    async def inspect(self, record: KeyRecord, secret: Secret | None) -> dict[str, str | bool]:
+        return dict(_ATTRIBUTES)
 
     async def load(self, record: KeyRecord, secret: Secret | None) -> None:
         if not secret:

@@ -91,6 +91,14 @@ class Transit:
             raise
         return {"spki_der": spki_der.hex(), "attributes": self._attributes(name, version, data)}
 
+    def inspect(self, ref: str) -> JsonObject:
+        """What Vault itself says now of this key. Raises: KeyNotFound, TokenUnavailable."""
+        name, version = _parse_ref(ref)
+        data = self._read(name)
+        if data is None:
+            raise KeyNotFound("Vault does not hold this key")
+        return {"attributes": self._attributes(name, version, data)}
+
     def find(self, ref: str) -> JsonObject:
         """The public key of the version that the reference names. Raises: KeyNotFound, FailedPrecondition, TokenUnavailable."""
         name, version = _parse_ref(ref)

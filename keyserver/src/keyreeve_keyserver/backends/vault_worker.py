@@ -51,6 +51,8 @@ class Worker:
             return frames.Done(transit.create(question.ref, question.key_type))
         if isinstance(question, frames.Find):
             return frames.Done(transit.find(question.ref))
+        if isinstance(question, frames.Inspect):
+            return frames.Done(transit.inspect(question.ref))
         if isinstance(question, frames.Ping):
             transit.ping()
         else:

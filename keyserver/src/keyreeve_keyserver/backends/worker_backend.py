@@ -167,6 +167,13 @@ class WorkerBackend:
         verified = self._verifies_all or isinstance(public_key, rsa.RSAPublicKey)
         self._loaded[record.key_id] = _Loaded(record.backend_ref, public_key if verified else None, wrapped)
 
+    async def inspect(self, record: KeyRecord, secret: Secret | None) -> dict[str, str | bool]:
+        answer = await self._done(frames.Inspect(record.backend_ref, secret.reveal() if secret else b""))
+        attributes = answer.get("attributes")
+        if not isinstance(attributes, dict) or not all(isinstance(each, str | bool) for each in attributes.values()):
+            raise Internal("the worker's answer about a key cannot be read")
+        return attributes
+
     def forget(self, key_id: KeyId) -> None:
         self._loaded.pop(key_id, None)
 

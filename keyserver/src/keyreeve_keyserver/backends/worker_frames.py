@@ -27,7 +27,7 @@ MAX_ITEMS = 32
 MAX_BOX_BYTES = 65_536
 MAX_JSON_BYTES = 65_536
 NONCE_BYTES = 12
-OPEN, CREATE, FIND, DESTROY, SIGN, ENCRYPT, DECRYPT, PING = range(1, 9)
+OPEN, CREATE, FIND, DESTROY, SIGN, ENCRYPT, DECRYPT, PING, INSPECT = range(1, 10)
 DONE, REFUSED, SIGNED, BOX = 0x81, 0x82, 0x83, 0x84
 
 
@@ -61,6 +61,17 @@ class Find:
 
     def to_bytes(self) -> bytes:
         return _frame(FIND, bytes8(self.ref.encode("ascii")) + bytes16(self.wrapped))
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """What does the token say now of this key? The fields are those of Find."""
+
+    ref: str
+    wrapped: bytes = field(default=b"", repr=False)
+
+    def to_bytes(self) -> bytes:
+        return _frame(INSPECT, bytes8(self.ref.encode("ascii")) + bytes16(self.wrapped))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +134,7 @@ class Ping:
         return _frame(PING, b"")
 
 
-Question = Open | Create | Find | Destroy | TokenSign | Box | Ping
+Question = Open | Create | Find | Inspect | Destroy | TokenSign | Box | Ping
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +288,7 @@ _QUESTIONS: dict[int, Callable[[Reader], Question]] = {
     OPEN: lambda _: Open(),
     CREATE: _read_create,
     FIND: lambda reader: Find(_ref(reader), _wrapped(reader)),
+    INSPECT: lambda reader: Inspect(_ref(reader), _wrapped(reader)),
     DESTROY: lambda reader: Destroy(_ref(reader)),
     SIGN: _read_sign,
     ENCRYPT: lambda reader: _read_box(reader, decrypt=False),

@@ -18,13 +18,14 @@ from keyreeve_common.key_id import KeyId
 from sqlalchemy import Connection, Row, and_, delete, insert, or_, select, text, update
 
 from keyreeve_keyserver.catalog.records import KeyEntry, NewKey, key_entry, time_from_number, time_to_number
-from keyreeve_keyserver.catalog.schema import CREATING, approvals, grants, keys
+from keyreeve_keyserver.catalog.schema import CREATING, approvals, grants, keys, settings
 from keyreeve_keyserver.domain.keys import KeyState
 
 # Not the sealed record and the permit: whoever looks at keys has no use for them.
 _COLUMNS = [column for column in keys.columns if column.name not in ("sealed_record", "destruction_permit")]
 _POSTGRESQL_NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 IS_PENDING = and_(keys.c.state == KeyState.DISABLED.value, keys.c.destroy_at.is_not(None))
+_ATTESTATION_KEY = "attestation_key"
 RETIRED = "retired: its last certificate has ended"
 
 
@@ -174,6 +175,23 @@ class KeyLifeRows:
         wanted = and_(keys.c.state == KeyState.DISABLED.value, keys.c.state_reason == RETIRED, ~IS_PENDING)
         with self._read() as connection:
             return [key_entry(row) for row in connection.execute(select(*_COLUMNS).where(wanted))]
+
+    def attestation_key(self) -> bytes | None:
+        """Sealed; None while none was made."""
+        with self._read() as connection:
+            query = select(settings.c.value).where(settings.c.name == _ATTESTATION_KEY)
+            found = connection.execute(query).scalar_one_or_none()
+        return None if found is None else bytes(found)
+
+    def keep_attestation_key(self, sealed: bytes) -> bytes:
+        """The one that counts: this one, or that of a replica that was first."""
+        with self._write() as (connection, _):
+            query = select(settings.c.value).where(settings.c.name == _ATTESTATION_KEY)
+            found = connection.execute(query).scalar_one_or_none()
+            if found is not None:
+                return bytes(found)
+            connection.execute(insert(settings).values(name=_ATTESTATION_KEY, value=sealed))
+        return sealed
 
 
 def next_generation(connection: Connection, new: NewKey) -> dict[str, object]:

@@ -96,3 +96,10 @@ approvals = Table(
     Column("approval", Text, nullable=False),
     Column("expires_at", BigInteger, nullable=False),
 )
+
+settings = Table(  # what replicas share beside keys and grants, sealed where it is secret
+    "keyreeve_settings",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+)

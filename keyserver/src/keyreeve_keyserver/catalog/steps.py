@@ -11,7 +11,7 @@ from collections.abc import Callable
 from sqlalchemy import Column, Connection, Table, insert, inspect, select, text
 from sqlalchemy.schema import CreateColumn
 
-from keyreeve_keyserver.catalog.schema import approvals, grants, keys, metadata, quarantines, schema_steps
+from keyreeve_keyserver.catalog.schema import approvals, grants, keys, metadata, quarantines, schema_steps, settings
 
 Step = Callable[[Connection], None]
 
@@ -50,6 +50,7 @@ STEPS: dict[str, Step] = {
     "keys_jwt_profile": new_column(keys, "jwt_profile"),
     "quarantines": new_table(quarantines),
     "approvals": new_table(approvals),
+    "settings": new_table(settings),
 }  # in the order in which they are done; a name is never used again
 
 

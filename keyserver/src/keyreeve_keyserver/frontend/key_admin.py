@@ -23,6 +23,7 @@ from keyreeve_common.errors import (
 )
 from keyreeve_common.grpc_edge import current_peer
 from keyreeve_common.identity import TrustDomain
+from keyreeve_common.key_attestation import check_nonce
 from keyreeve_common.key_id import KeyId, parse_key_id
 from keyreeve_common.purposes import KeyRole
 from keyreeve_common.telemetry import log, log_warning
@@ -151,6 +152,10 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
             raise InvalidRequest("retire_at: is missing")
         at = time_from_proto(request.retire_at, "retire_at")
         return self._shown(await self._life.retire(parse_key_id(request.key_id), at=at))
+
+    async def AttestKey(self, request: keyserver_pb2.AttestKeyRequest, context: Any) -> keyserver_pb2.AttestKeyResponse:
+        text, public_key = await self._life.attest(parse_key_id(request.key_id), check_nonce(request.nonce))
+        return keyserver_pb2.AttestKeyResponse(attestation=text, public_key_der=public_key)
 
     async def GetApprovalRequest(
         self, request: keyserver_pb2.GetApprovalRequestRequest, context: Any

@@ -15,7 +15,7 @@ from hashlib import sha256
 from time import monotonic
 
 from keyreeve_common.approvals import ApprovalRequest, Operation, parse_approval
-from keyreeve_common.errors import FailedPrecondition, InvalidRequest, KeyreeveError, NotFound
+from keyreeve_common.errors import FailedPrecondition, InvalidRequest, KeyNotFound, KeyreeveError, NotFound
 from keyreeve_common.grpc_edge import current_peer
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.telemetry import log, log_exception, log_warning
@@ -196,6 +196,23 @@ class KeyLifeService:
         log("key_retirement_set", caller=current_peer().name, key_id=key_id, retire_at=at.isoformat())
         self._access.apply_key(entry)
         return entry
+
+    async def attest(self, key_id: KeyId, nonce: bytes) -> tuple[str, bytes]:
+        """The attestation, and the public key (SPKI, DER) that it verifies with. Raises: KeyNotFound, what the signer refuses with."""
+        catalog = self._threads.catalog
+        states = (KeyState.ENABLED, KeyState.DISABLED)
+        record = await self._threads.run(catalog.sealed_record, key_id, states=states)
+        if record is None:
+            raise KeyNotFound("no such key, or it is destroyed")
+        sealed = await self._threads.run(catalog.attestation_key)
+        if sealed is None:
+            made = await self._link.control("make_attestation_key", timeout=self._timeout_s)
+            fresh = base64.b64decode(made["attestation_key"])
+            sealed = await self._threads.run(catalog.keep_attestation_key, fresh)
+        arguments = {"record": _base64(record), "nonce": _base64(nonce), "attestation_key": _base64(sealed)}
+        answer = await self._link.control("attest_key", timeout=self._timeout_s, **arguments)
+        log("key_attested", caller=current_peer().name, key_id=key_id)
+        return str(answer["attestation"]), base64.b64decode(answer["public_key"])
 
     async def reap(self, interval: timedelta) -> None:
         """Rounds until it is cancelled. What fails is tried again in the next one."""

@@ -21,6 +21,7 @@ from keyreeve_common.errors import (
     SealedRecordInvalid,
     TokenUnavailable,
 )
+from keyreeve_common.key_attestation import check_nonce
 from keyreeve_common.key_id import KeyId, parse_key_id
 from keyreeve_common.metrics import samples_to_json
 from keyreeve_common.purposes import KeyRole, Purpose
@@ -50,10 +51,16 @@ from keyreeve_keyserver.signer.approvals import (
     key_to_create,
     key_to_destroy,
 )
+from keyreeve_keyserver.signer.attestation import (
+    attest,
+    make_attestation_key,
+    open_attestation_key,
+    public_key_of,
+)
 from keyreeve_keyserver.signer.destruction import MAX_WAIT_SECONDS, DestructionPermit
 from keyreeve_keyserver.signer.metrics import SignerMetrics
 from keyreeve_keyserver.signer.sealing import Sealer
-from keyreeve_keyserver.signer.self_test import load_tested
+from keyreeve_keyserver.signer.self_test import check_signs, load_tested
 from keyreeve_keyserver.signer.service import KeyTable
 
 _REQUIRED = frozenset({"key_id", "key_type", "role", "purposes"})
@@ -109,6 +116,8 @@ class ControlService:
             "forget_key": self._forget_key,
             "permit_destruction": self._permit_destruction,
             "destroy_key": self._destroy_key,
+            "make_attestation_key": self._make_attestation_key,
+            "attest_key": self._attest_key,
             "record": self._record,
         }
 
@@ -261,7 +270,13 @@ class ControlService:
             raise Conflict("another record of this key id is loaded: forget that first")
         if loaded is None:
             self._fresh.pop(record.spki_der, None)
-            await load_tested(self._backend(record.backend), record, secret)
+            try:
+                await load_tested(self._backend(record.backend), record, secret)
+            except BaseException:
+                self._keys.remove(
+                    record.key_id
+                )  # another load of it may have gone well meanwhile; the backend let it go
+                raise
             self._keys.put(record)
         return {"key_id": record.key_id}
 
@@ -308,6 +323,36 @@ class ControlService:
         now = self._now()
         self._fresh = {spki: made for spki, made in self._fresh.items() if now - _FRESH < made <= now}
         return record.spki_der in self._fresh
+
+    async def _make_attestation_key(self, arguments: JsonObject) -> JsonObject:
+        _members(arguments)
+        sealed = await make_attestation_key(self._sealer)
+        log("attestation_key_made")
+        return {"attestation_key": base64.b64encode(sealed).decode("ascii")}
+
+    async def _attest_key(self, arguments: JsonObject) -> JsonObject:
+        """The key signs its test message first, so that what the token says is said of the record's key."""
+        _members(arguments, required=frozenset({"record", "nonce", "attestation_key"}))
+        record, secret = await self._open(_text(arguments, "record"))
+        nonce = check_nonce(_base64(_text(arguments, "nonce"), "nonce"))
+        key = await open_attestation_key(self._sealer, _base64(_text(arguments, "attestation_key"), "attestation_key"))
+        backend, loaded = self._backend(record.backend), self._keys.get(record.key_id)
+        if loaded is not None and loaded != record:
+            raise Conflict("another record of this key id is loaded: forget that first")
+        if loaded is None:
+            await load_tested(backend, record, secret)
+        else:
+            await check_signs(backend, record)
+        try:
+            attestation = await attest(backend, record, secret, nonce=nonce, now=self._now(), key=key)
+        finally:
+            if self._keys.get(record.key_id) is None:
+                backend.forget(record.key_id)
+        log("key_attested", key_id=record.key_id)
+        return {
+            "attestation": attestation.to_text(),
+            "public_key": base64.b64encode(public_key_of(key)).decode("ascii"),
+        }
 
     async def _record(self, arguments: JsonObject) -> JsonObject:
         """Records what the front end saw or decided, marked as its word."""

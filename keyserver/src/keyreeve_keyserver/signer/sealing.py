@@ -66,17 +66,24 @@ class Sealer:
         except KeyreeveError as error:
             raise SealedRecordInvalid(f"record header: {error.detail}") from None
 
-    async def seal_note(self, note: bytes) -> bytes:
+    async def seal_note(self, note: bytes, secret: Secret | None = None) -> bytes:
         """A text of ours, in the clear, for somebody else to keep: it comes back as it was, or not at all. Never a key record's form."""
         nonce = self._random(NONCE_BYTES)
-        return NOTE_MAGIC + bytes32(note) + nonce + await self._key.encrypt(nonce, NOTE_MAGIC + note, b"")
+        box = await self._key.encrypt(nonce, NOTE_MAGIC + note, secret.reveal() if secret else b"")
+        return NOTE_MAGIC + bytes32(note) + nonce + box
 
     async def open_note(self, sealed: bytes) -> bytes:
         """Raises: SealedRecordInvalid, TokenUnavailable."""
-        note, nonce, box = _split(sealed, NOTE_MAGIC)
-        if await self._key.decrypt(nonce, NOTE_MAGIC + note, box):
-            raise SealedRecordInvalid("a note has an empty box")
+        note, secret = await self.open_secret_note(sealed)
+        if secret is not None:
+            raise SealedRecordInvalid("this note has an empty box")
         return note
+
+    async def open_secret_note(self, sealed: bytes) -> tuple[bytes, Secret | None]:
+        """Raises: SealedRecordInvalid, TokenUnavailable."""
+        note, nonce, box = _split(sealed, NOTE_MAGIC)
+        data = await self._key.decrypt(nonce, NOTE_MAGIC + note, box)
+        return note, Secret(data) if data else None
 
 
 def _split(sealed: bytes, magic: bytes = MAGIC) -> tuple[bytes, bytes, bytes]:

@@ -30,13 +30,17 @@ async def load_tested(backend: Backend, record: KeyRecord, secret: Secret | None
     """
     await backend.load(record, secret)
     try:
-        for _ in range(_ATTEMPTS):
-            if await _signs_as_recorded(backend, record):
-                return
+        await check_signs(backend, record)
     except BaseException:
         backend.forget(record.key_id)
         raise
-    backend.forget(record.key_id)
+
+
+async def check_signs(backend: Backend, record: KeyRecord) -> None:
+    """Has a loaded key sign the test message. Raises: KeySelfTestFailed; whatever kept the backend from signing."""
+    for _ in range(_ATTEMPTS):
+        if await _signs_as_recorded(backend, record):
+            return
     raise KeySelfTestFailed(f"backend {record.backend} signs with another key than the one of the record")
 
 

@@ -28,6 +28,7 @@ QUESTIONS = st.one_of(
     st.builds(frames.Find, REFS, st.binary(max_size=99)),
     st.builds(frames.Destroy, REFS),
     st.just(frames.Ping()),
+    st.builds(frames.Inspect, ref=REFS, wrapped=st.binary(max_size=64)),
     st.builds(frames.TokenSign, st.lists(ITEMS, min_size=1, max_size=5).map(tuple)),
     st.builds(frames.Box, st.booleans(), REFS, st.binary(min_size=12, max_size=12), st.binary(), st.binary()),
 )
