@@ -282,8 +282,8 @@ def test_disabled_key(rig: KeyServerRig, agent: Svid) -> None:
         verify_p256(made.spki_der, stubs.sign(made.key_id))
         local.keys.DisableKey(keyserver_pb2.DisableKeyRequest(key_id=made.key_id))
         gone = local.keys.DestroyKey(keyserver_pb2.DestroyKeyRequest(key_id=made.key_id))
-        assert gone.state == keyserver_pb2.KEY_STATE_DESTROYED
-        assert refusal(stubs, made.key_id).code.value == "key_not_found"
+        assert gone.state == keyserver_pb2.KEY_STATE_PENDING_DESTRUCTION
+        assert refusal(stubs, made.key_id).code.value == "key_disabled"
         with pytest.raises(grpc.RpcError):
             local.keys.EnableKey(keyserver_pb2.EnableKeyRequest(key_id=made.key_id))
 
