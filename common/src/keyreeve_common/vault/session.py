@@ -125,9 +125,8 @@ class VaultSession:
         kwargs: JsonObject = {} if body is None else {"json": body}
         answer: Any = None
         failure = unreachable(doing)
-        for _ in range(
-            _TRIES
-        ):  # a server that restarted has closed the connection that we kept; each request of ours may be put twice
+        # A server that restarted has closed the connection that we kept; each request of ours may be put twice.
+        for _ in range(_TRIES):
             left = end - self._clock()
             if left <= 0:
                 raise too_slow(doing, self._limit)
@@ -181,6 +180,8 @@ def _object_of(answer: Any, path: str, doing: str) -> JsonObject:
     """hvac gives the object of a 200, and the response itself of all else. Raises: what the answer means to us."""
     if isinstance(answer, dict):
         return answer
+    if not hasattr(answer, "status_code"):  # hvac gives the JSON of a 200, whatever it is
+        raise misread(doing)
     status = answer.status_code
     if status == requests.codes.no_content:
         return {}

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 from keyreeve_common.config import load_config
@@ -108,6 +109,10 @@ def _check(config: SignerConfig, *, listens: bool) -> None:
         pin_file = backend.token().pin_source if backend.kind is BackendKind.PKCS11 else None
         if pin_file is not None and _may_see(Path(pin_file)):
             check_secret_file(Path(pin_file))  # the launcher reads it, perhaps as a user of its own, and checks again
+        if backend.kind is BackendKind.VAULT and find_spec("hvac") is None:  # looked for, not loaded: only workers do
+            raise ConfigInvalid(
+                f"backend {backend.name}: kind vault needs the extra: install keyreeve-keyserver[vault]"
+            )
 
 
 def _may_see(path: Path) -> bool:

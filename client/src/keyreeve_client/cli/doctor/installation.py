@@ -41,6 +41,9 @@ class ConfigFile:
         yield from _secrets(self.values, "", self.path.resolve().parent)
 
 
+_SECRET_KEYS = {"pin_file", "passphrase_file", "password_file", "join_token_file", "secret_id_file", "token_file"}
+
+
 def _secrets(values: dict[str, Any], where: str, base: Path) -> Iterator[tuple[str, Path]]:
     for key, value in values.items():
         name = f"{where}{key}"
@@ -50,7 +53,7 @@ def _secrets(values: dict[str, Any], where: str, base: Path) -> Iterator[tuple[s
             for index, item in enumerate(value):
                 if isinstance(item, dict):
                     yield from _secrets(item, f"{name}[{index}].", base)
-        elif isinstance(value, str) and key in ("pin_file", "passphrase_file", "password_file", "join_token_file"):
+        elif isinstance(value, str) and key in _SECRET_KEYS:
             yield name, base / value
 
 
