@@ -423,6 +423,14 @@ def _foreign_authority() -> bytes:
     return TestPki().bundle_pem
 
 
+async def test_worker_reads_its_secret_and_little_else(backend: VaultBackend) -> None:
+    protections = dict(backend._pool.description["protections"])
+    if "needs Landlock" in protections["files"]:
+        pytest.skip("this kernel has no Landlock")
+    assert protections["files"] == "on"
+    assert isinstance(await signed(backend, await loaded_key(backend)), bytes)
+
+
 async def test_key_type_that_vault_lacks_is_not_offered(backend: VaultBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the worker's probe says is what `create` goes by."""
     offered = backend.capabilities().key_types

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from keyreeve_common.errors import ConfigInvalid, Internal, KeyreeveError, MalformedFrame, TokenUnavailable
-from keyreeve_common.telemetry import configure_logging
 from keyreeve_common.vault.config import VaultConfig, VaultLogin
 from keyreeve_common.vault.session import VaultSession
 
@@ -88,7 +87,6 @@ def vault_config(fields: dict[str, Any]) -> VaultConfig:
 
 
 def main() -> int:
-    configure_logging("vault-worker")
     return run_worker(lambda start: Worker(start).answer)
 
 
