@@ -65,6 +65,14 @@ def test_the_signer_has_no_network_and_a_user_of_its_own() -> None:
     assert all(_unit(name)["LimitCORE"] == ["0"] for name in EXPOSURE)
 
 
+def test_the_signer_may_lock_itself_down() -> None:
+    """systemd's filter set @system-service leaves these calls out; memory is locked only where there is no limit."""
+    unit = _unit("keyreeve-signer")
+    assert unit["LimitMEMLOCK"] == ["infinity"]
+    allowed = {word for line in unit["SystemCallFilter"] if not line.startswith("~") for word in line.split()}
+    assert allowed >= {"seccomp", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"}
+
+
 def test_the_front_end_gets_to_the_signers_socket_and_is_known_there() -> None:
     """The socket is 0660 of the signer's group; SO_PEERCRED shows other users only outside a user namespace."""
     signer, front_end = _unit("keyreeve-signer"), _unit("keyreeve-keyserver")

@@ -20,7 +20,7 @@ from keyreeve_common.errors import ConfigInvalid
 
 from keyreeve_keyserver import __file__ as _keyserver_file
 from keyreeve_keyserver.hardening import calls, landlock, process, seccomp
-from keyreeve_keyserver.hardening.landlock import DEVICE, READ, SOCKET, WRITE, Rule
+from keyreeve_keyserver.hardening.landlock import DEVICE, READ, SOCKET, WRITE, Access, Rule
 
 
 class Protection(StrEnum):
@@ -124,7 +124,7 @@ def confine_worker(protections: Protections, reach: Reach) -> None:
             *_program_rules(),
             *(Rule(Path(path), READ) for path in _SYSTEM_READS),
             *(Rule(path, READ) for path in reach.reads),
-            *(Rule(path, WRITE) for path in reach.writes),
+            *(Rule(path, WRITE | Access.IOCTL_DEV) for path in reach.writes),  # one may be a device
         ]
         _confine_files(protections, rules, tcp=reach.network)
     protections.apply(Protection.NO_CAPABILITIES, process.drop_capabilities)

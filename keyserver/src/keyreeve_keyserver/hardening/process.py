@@ -80,6 +80,8 @@ def drop_capabilities() -> None:
 
     CAP_IPC_LOCK stays where it was: `lock_memory` may stand on it, and it reaches nothing. Spec: capabilities(7). Raises: OSError.
     """
+    if not _capabilities("CapPrm"):
+        return  # nor may it have any later, with no_new_privileges; and a unit's filter may forbid to ask
     kept = 1 << _CAP_IPC_LOCK if _has_capability(_CAP_IPC_LOCK) else 0
     prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     for number in range(64):
@@ -97,5 +99,9 @@ def drop_capabilities() -> None:
 
 
 def _has_capability(number: int) -> bool:
-    effective = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
-    return bool(int(effective.split()[1], 16) >> number & 1)
+    return bool(_capabilities("CapEff") >> number & 1)
+
+
+def _capabilities(kind: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(kind + ":")).split()[1], 16)
