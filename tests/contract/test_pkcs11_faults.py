@@ -55,7 +55,9 @@ async def started(
     token: SoftHsmToken, module: Path, *, workers: int = 1, policy: PoolPolicy = QUICK, name: str = "hsm"
 ) -> AsyncIterator[Pkcs11Backend]:
     uri = Pkcs11Uri(token=token.label, serial=token.serial, module_path=module, pin_source=token.pin_file)
-    backend = Pkcs11Backend(name, Pkcs11Settings(uri, workers=workers, policy=policy, softhsm_conf=token.conf))
+    backend = Pkcs11Backend(
+        name, Pkcs11Settings(uri, workers=workers, policy=policy, softhsm_conf=token.conf, writes=(module.parent,))
+    )
     await backend.start()
     try:
         yield backend

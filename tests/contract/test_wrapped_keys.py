@@ -54,6 +54,8 @@ def token(tmp_path: Path) -> SoftHsmToken:
 async def started(token: SoftHsmToken, *, module: Path | None = None, **changes: Any) -> AsyncIterator[Pkcs11Backend]:
     uri = Pkcs11Uri(serial=token.serial, module_path=module or token.module, pin_source=token.pin_file)
     fields: dict[str, Any] = {"custody": Custody.TOKEN_WRAPPED, "loaded_keys": LOADED_KEYS, "workers": 1, **changes}
+    if module is not None:
+        fields["writes"] = (module.parent,)  # what steers a faulty module stands beside it
     backend = Pkcs11Backend("hsm", Pkcs11Settings(uri, softhsm_conf=token.conf, **fields))
     await backend.start()
     try:
