@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +25,7 @@ from keyreeve_common.v1 import types_pb2
 from keyreeve_testing.cluster import AGENT, Cluster
 from keyreeve_testing.keyserver import KeyServerRig
 from keyreeve_testing.pki import TestPki
+from keyreeve_testing.softhsm import make_softhsm_token, softhsm_is_installed
 
 RESULTS = Path(__file__).parents[3] / "build" / "results" / "overload.json"
 RSA_PSS_SHA256 = 0x0804
@@ -52,7 +57,8 @@ async def call_on(
         except KeyreeveError as error:
             measured.codes[error.code.value] += 1
             pause = error.retry_after or timedelta()
-            await asyncio.sleep(max(pause.total_seconds(), 0.1))  # as a client that keeps to what it was told
+            # As a client that keeps to what it was told; the flood shares this process with what is measured, so it is not to spin.
+            await asyncio.sleep(max(pause.total_seconds(), 0.5))
 
 
 async def run_p256(cluster: Cluster, client: KeyCluster) -> Measured:
@@ -78,15 +84,18 @@ def write_results(name: str, values: dict[str, object]) -> None:
     sys.stdout.write(f"{name}: {json.dumps(values)}\n")
 
 
-@pytest.fixture
-def one(tmp_path: Path) -> object:
-    """One key server on SQLite with small queues; the agent holds a P-256 and an RSA-4096 key."""
-    pki = TestPki()
-    rig = KeyServerRig(tmp_path / "ks", pki, extra=LIMITS)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One key server on SQLite with small queues and a token; the agent holds a P-256, an RSA-4096 and a token's P-256 key."""
+    where, pki = tmp_path_factory.mktemp("one"), TestPki()
+    token = make_softhsm_token(where / "token") if softhsm_is_installed() else None
+    rig = KeyServerRig(where / "ks", pki, extra=LIMITS, token=token)
     with rig.running():
-        cluster = Cluster(tmp_path, [rig], pki, pki.svid(AGENT))
+        cluster = Cluster(where, [rig], pki, pki.svid(AGENT))
         cluster.add_key("p256")
         cluster.add_key("rsa", RSA_PSS_SHA256, key_type=types_pb2.KEY_TYPE_RSA_4096)
+        if token is not None:
+            cluster.add_key("token", backend="hsm")
         yield cluster
 
 
@@ -147,3 +156,52 @@ async def test_one_agent_cannot_take_the_whole_queue(one: Cluster) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     assert set(flood.codes) <= {ErrorCode.OVERLOADED.value, ErrorCode.DEADLINE_EXCEEDED.value}
+
+
+@contextmanager
+def hanging_token(rig: KeyServerRig) -> Iterator[None]:
+    """Stops the token's workers, as a network HSM that accepts everything and answers nothing."""
+    workers = [int(line["pid"]) for line in rig.process.events_named("worker_open")]
+    assert len(workers) == 1
+    try:
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in workers:
+            with suppress(ProcessLookupError):  # the pool gave it up and began another
+                os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.skipif(not softhsm_is_installed(), reason="SoftHSM is not installed: there is no token to stop")
+async def test_p256_is_unharmed_by_a_token_that_hangs(one: Cluster) -> None:
+    """Both kinds of request come from one agent over one stream: neither it nor the key server lets one wait for the other."""
+    async with one.client() as client:
+        await one.sign(client, "p256", 20_000)
+        await one.sign(client, "token", 20_000)
+        alone = await run_p256(one, client)
+        stuck, until = Measured(), monotonic() + 3600
+        with hanging_token(one.rigs[0]):
+            asking = [
+                asyncio.create_task(call_on(one, client, "token", stuck, until=until, deadline_ms=1_500))
+                for _ in range(P256_CALLERS * 8)
+            ]
+            async with asyncio.timeout(30):
+                while not stuck.codes:
+                    await asyncio.sleep(0.02)
+            beside = await run_p256(one, client)
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    await one.sign(client, "token", 5_000)
+                    break
+                except KeyreeveError:
+                    await asyncio.sleep(0.1)
+    write_results("p256_beside_hanging_token", {**as_ratios(alone, beside), "token_refused": dict(stuck.codes)})
+    assert beside.seconds
+    assert alone.codes == beside.codes == {}
+    assert not stuck.seconds
+    assert set(stuck.codes) <= {"deadline_exceeded", "token_unavailable", "overloaded"}

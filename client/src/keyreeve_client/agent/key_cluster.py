@@ -42,6 +42,7 @@ _FAULTS = {
     ErrorCode.STORAGE_BUSY: Fault.ERROR,
     ErrorCode.AUDIT_UNAVAILABLE: Fault.ERROR,
     ErrorCode.TOKEN_UNAVAILABLE: Fault.CLASS,
+    ErrorCode.TOKEN_SESSIONS_EXHAUSTED: Fault.CLASS,
     ErrorCode.DEADLINE_EXCEEDED: Fault.CLASS,  # said by the key server: its backend is slow, or its own bound is short
     ErrorCode.OVERLOADED: Fault.SHED,
 }
