@@ -122,7 +122,7 @@ async def alone(tmp_path: Path) -> AsyncIterator[Rig]:
     ids=lambda error: error.code.value,
 )
 async def test_what_one_replica_cannot_another_does(pair: Rig, error: KeyreeveError) -> None:
-    pair.replicas[0].error = error
+    pair.replicas[0].error, pair.replicas[0].healthy = error, False  # no probe takes it back meanwhile
     assert await pair.sign() == b"two"
     assert pair.replicas[0].traces == pair.replicas[1].traces  # one request, one id
     shed = isinstance(error, Overloaded)
@@ -140,6 +140,7 @@ async def test_a_refusal_is_the_answer(pair: Rig, error: KeyreeveError) -> None:
 
 async def test_a_stream_that_ends_moves_all_at_once_and_fails_none(pair: Rig) -> None:
     pair.replicas[0].hangs = pair.replicas[1].hangs = True
+    pair.replicas[0].healthy = False
     requests = [asyncio.create_task(pair.sign()) for _ in range(20)]
     await asyncio.sleep(0)
     pair.replicas[1].hangs = False
@@ -148,6 +149,7 @@ async def test_a_stream_that_ends_moves_all_at_once_and_fails_none(pair: Rig) ->
     pair.replicas[0].abandon(StreamLost("this key server is stopping", retry_after=timedelta(milliseconds=100)))
     assert await asyncio.gather(*requests) == [b"two"] * 20
     asked = pair.replicas[0].asked
+    assert pair.states == [State.EJECTED, State.READY]
     assert await asyncio.gather(*(pair.sign() for _ in range(5))) == [b"two"] * 5
     assert pair.replicas[0].asked == asked
 
