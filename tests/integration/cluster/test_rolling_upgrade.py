@@ -78,6 +78,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, postgres: PostgresServer, ol
     where, pki, url = tmp_path_factory.mktemp("mixed"), TestPki(), postgres.make_database()
     old, new = (KeyServerRig(where / name, pki, catalog=f'url = "{url}"') for name in ("old", "new"))
     old.process.env = python_path(old_code)
+    # The configuration of that release, with which this one is to start as well: sections that came since are cut off.
+    old.signer_toml.write_text(old.signer_toml.read_text().split("[audit]")[0])
     with ExitStack() as stack:
         stack.enter_context(old.running())
         cluster = Cluster(where, [old, new], pki, pki.svid(AGENT))
