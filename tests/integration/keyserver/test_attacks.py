@@ -342,10 +342,19 @@ def test_a_purpose_that_the_record_does_not_have_is_refused(target: Target) -> N
         assert refusal(signer, item("narrow", message=message)) is PurposeMismatch
 
 
-def test_a_replayed_frame_gains_another_signature_of_the_same_message_and_no_more(target: Target) -> None:
-    signer = target.signer
+def test_a_replayed_frame_gains_another_signature_of_the_same_message_and_no_more(tmp_path: Path) -> None:
+    """The signer is locked down while its audit log is on: it writes there, and each of the two signatures is on record."""
+    extra = f'[audit]\ndirectory = "{tmp_path / "audit"}"\norigin = "log.td.test/one"'
+    with running_signer(write_signer_config(tmp_path / "etc", extra=extra), log=tmp_path / "log") as signer:
+        _replay(signer)
+
+
+def _replay(signer: SignerClient) -> None:
+    health = signer.control("health")
+    assert {health["protections"][name] for name in ("files", "calls", "no-trace")} == {"on"}
     made = new_key(signer, "replayed")
     signer.control("load_key", record=made["record"])
+    before = signer.control("health")["audit"]["recorded"]
     frame = frames.SignBatch(77, "spiffe://td.test/agent/a", (item("replayed"),)).to_bytes()
     signer.connection.sendall(frame + frame)
     key = load_der_public_key(base64.b64decode(made["spki_der"]))
@@ -356,6 +365,7 @@ def test_a_replayed_frame_gains_another_signature_of_the_same_message_and_no_mor
         (result,) = answer.results
         assert isinstance(result, frames.Signed)
         key.verify(result.signature, CONTENT, ec.ECDSA(hashes.SHA256()))
+    assert signer.control("health")["audit"]["recorded"] - before == 2
 
 
 # The signer's socket file.
