@@ -123,9 +123,19 @@ def _may_see(path: Path) -> bool:
 
 
 async def _run(config: SignerConfig, arguments: argparse.Namespace, protections: Protections) -> None:
-    backends = {backend.name: _backend(backend) for backend in config.backend}
+    # 1. While everything may still be opened: what reads a secret or another file, and the launcher, which has to exec.
+    with_workers = {each.name: _backend(each) for each in config.backend if each.kind is not BackendKind.SOFTWARE}
+    kek = _key_encryption_key(config, with_workers)
+    approvals = load_approvals(config.approvals)
+    workers = [each.worker for each in with_workers.values() if isinstance(each, WorkerBackend)]
+    launcher = await _launcher(workers, arguments.launcher_fd)
+    announce: Callable[[], None] = ready_notice("serving") if arguments.listen is not None else lambda: None
+    # 2. Files and capabilities. Threads begin only after this: these rules bind the thread that asks for them, and those that it begins.
+    sockets = [arguments.listen.absolute().parent] if arguments.listen is not None else []
+    confine_signer_files(protections, writes=_written(config), sockets=sockets)
+    # 3. All that serves; system calls last, in `_lock`.
+    backends = {each.name: with_workers.get(each.name) or _backend(each) for each in config.backend}
     keys, now = KeyTable(), _now
-    kek = _key_encryption_key(config, backends)
     sealer, audit = Sealer(kek), _audit_log(config, kek)
     metrics = SignerMetrics()
     metrics.watch(backends, keys)
@@ -139,16 +149,11 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace, protections:
             now=now,
             metrics=metrics,
             audit=audit,
-            approvals=load_approvals(config.approvals),
+            approvals=approvals,
             protections=protections,
         ),
         allowed_uids=frozenset(config.listen.allowed_uids),
     )
-    workers = [each.worker for each in backends.values() if isinstance(each, WorkerBackend)]
-    launcher = await _launcher(workers, arguments.launcher_fd)
-    announce: Callable[[], None] = ready_notice("serving") if arguments.listen is not None else lambda: None
-    sockets = [arguments.listen.absolute().parent] if arguments.listen is not None else []
-    confine_signer_files(protections, writes=_written(config), sockets=sockets)
     try:
         for backend in backends.values():
             await (backend.start(launcher) if isinstance(backend, WorkerBackend) else backend.start())
