@@ -15,6 +15,7 @@ from keyreeve_common.errors import DeadlineExceeded, ErrorCode, KeyNotFound, Key
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.telemetry import log_error, log_exception
 from keyreeve_common.tracing import Tracing
+from keyreeve_common.transparency.records import Event
 
 from keyreeve_keyserver.catalog.records import KeyEntry
 from keyreeve_keyserver.domain.keys import KeyState
@@ -156,6 +157,7 @@ class SigningEngine:
             log_error("faulty_key_not_disabled", key_id=key_id, code=failure.code.value, detail=failure.detail)
             return
         if entry is not None:
+            self.trail.note(Event.KEY_DISABLED, key_id=key_id, reason="self-test failed")
             self.on_faulty(entry)
 
 

@@ -141,7 +141,8 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
             jwt_profile=before.jwt_profile,
             predecessor=before.key_id,
         )
-        entry = await self.make_key(new, current_peer().name)
+        async with self._engine.trail.recorded("key_rotated", caller=current_peer().name, key_id=before.key_id):
+            entry = await self.make_key(new, current_peer().name)  # its grants come with it
         log("key_rotated", caller=current_peer().name, key_id=before.key_id, successor=entry.key_id)
         with suppress(KeyreeveError):  # the next look at the catalog brings them too
             await self._access.refresh()

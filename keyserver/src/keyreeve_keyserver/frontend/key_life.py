@@ -19,8 +19,9 @@ from keyreeve_common.errors import FailedPrecondition, InvalidRequest, KeyNotFou
 from keyreeve_common.grpc_edge import current_peer
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.telemetry import log, log_exception, log_warning
+from keyreeve_common.transparency.records import Event
 
-from keyreeve_keyserver.catalog.key_life import Doomed
+from keyreeve_keyserver.catalog.key_life import RETIRED, Doomed
 from keyreeve_keyserver.catalog.records import KeyEntry
 from keyreeve_keyserver.config import KeyServerConfig
 from keyreeve_keyserver.domain.keys import KeyState
@@ -118,6 +119,7 @@ class KeyLifeService:
         done = await self._threads.run(catalog.schedule_destruction, entry.key_id, at=at, permit=permit)
         if done is None:  # another administrator was first
             return await self._threads.run(catalog.key, entry.key_id)
+        self._engine.trail.note("key_destruction_scheduled", caller=caller, key_id=entry.key_id, at=at.isoformat())
         log("key_destruction_scheduled", caller=caller, key_id=entry.key_id, destroy_at=at.isoformat())
         self._engine.trail.note(
             "key_destruction_scheduled", caller=caller, key_id=entry.key_id, destroy_at=at.isoformat()
@@ -181,6 +183,7 @@ class KeyLifeService:
             if entry.state is KeyState.DESTROYED:
                 raise FailedPrecondition("the key is destroyed")
             return entry
+        self._engine.trail.note("key_destruction_cancelled", caller=current_peer().name, key_id=key_id)
         log("key_destruction_cancelled", caller=current_peer().name, key_id=key_id)
         self._engine.trail.note("key_destruction_cancelled", caller=current_peer().name, key_id=key_id)
         self._access.apply_key(entry)
@@ -193,6 +196,7 @@ class KeyLifeService:
             entry = await self._threads.run(self._threads.catalog.key, key_id)
             assert entry.state is not None  # noqa: S101 - `key` gives finished keys only
             raise FailedPrecondition(f"the key is {entry.state.value}; only an enabled one is retired")
+        self._engine.trail.note("key_retirement_set", caller=current_peer().name, key_id=key_id, at=at.isoformat())
         log("key_retirement_set", caller=current_peer().name, key_id=key_id, retire_at=at.isoformat())
         self._access.apply_key(entry)
         return entry
@@ -211,6 +215,7 @@ class KeyLifeService:
             sealed = await self._threads.run(catalog.keep_attestation_key, fresh)
         arguments = {"record": _base64(record), "nonce": _base64(nonce), "attestation_key": _base64(sealed)}
         answer = await self._link.control("attest_key", timeout=self._timeout_s, **arguments)
+        self._engine.trail.note("key_attested", caller=current_peer().name, key_id=key_id)
         log("key_attested", caller=current_peer().name, key_id=key_id)
         return str(answer["attestation"]), base64.b64decode(answer["public_key"])
 
@@ -230,6 +235,7 @@ class KeyLifeService:
         catalog = self._threads.catalog
         now = self._steady(await self._threads.run(catalog.database_time, self._clock()))
         for entry in await self._threads.run(catalog.retire_due, now=now):
+            self._engine.trail.note(Event.KEY_DISABLED, key_id=entry.key_id, reason=RETIRED)
             log("key_state_changed", caller="reaper", key_id=entry.key_id, state=KeyState.DISABLED.value)
             self._access.apply_key(entry)
             self._engine.forget(entry.key_id)
