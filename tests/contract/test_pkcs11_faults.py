@@ -13,11 +13,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_der_public_key
 from keyreeve_common.errors import DeadlineExceeded, KeyreeveError, TokenUnavailable
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.pkcs11_uri import Pkcs11Uri
 from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.schemes import KeyType, schemes_of
+from keyreeve_common.verification import verify_signature
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend, BackendState, SignOutcome, SignRequest
 from keyreeve_keyserver.backends.software import SoftwareBackend
@@ -216,6 +218,31 @@ async def test_stalled_token_delays_no_other_backend(tmp_path: Path, token: Soft
         await until(lambda: is_up(stalled) and stalled.health().workers > 0)
         assert isinstance(await sign(stalled, records["hsm"]), bytes)
     await software.close()
+
+
+# CKM numbers: ECDSA; SHA256/384/512_RSA_PKCS; SHA256/384/512_RSA_PKCS_PSS.
+@pytest.mark.parametrize(
+    ("key_type", "hidden"),
+    [
+        (KeyType.RSA_2048, [0x40, 0x41, 0x42, 0x43, 0x44, 0x45]),
+        (KeyType.RSA_2048, [0x01, 0x0D]),
+        (KeyType.EC_P256, [0x1042]),
+    ],
+)
+@pytest.mark.parametrize("lists_them", [False, True])
+async def test_schemes_survive_the_lack_of_a_mechanism(
+    token: SoftHsmToken, module: FaultyModule, key_type: KeyType, hidden: list[int], lists_them: bool
+) -> None:
+    """A token that does not hash, or lists what it then refuses, still signs with the other mechanism."""
+    module.hide(*hidden, from_list=not lists_them)
+    async with started(token, module.path) as backend:
+        record = await loaded_key(backend, key_type)
+        for scheme in schemes_of(key_type):
+            assert scheme in backend.capabilities().schemes
+            deadline = asyncio.get_running_loop().time() + 30
+            (outcome,) = await backend.sign([SignRequest(record, scheme, b"message", deadline)])
+            assert isinstance(outcome, bytes), outcome
+            verify_signature(load_der_public_key(record.spki_der), scheme, b"message", signature=outcome)
 
 
 async def test_request_of_a_hung_worker_goes_to_another_within_its_deadline(token: SoftHsmToken) -> None:

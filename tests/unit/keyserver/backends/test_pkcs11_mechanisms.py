@@ -70,3 +70,19 @@ def test_pkcs1_digests_stand_in_a_digest_info() -> None:
             with pytest.raises(PurposeMismatch):
                 mechanisms.digest_input(scheme, bytes(wrong))
     assert mechanisms.digest_input(SignatureScheme.RSA_PSS_RSAE_SHA256, bytes(32)) == bytes(32)
+
+
+def test_each_scheme_has_a_second_way_and_it_is_offered_by_it() -> None:
+    for scheme in SignatureScheme:
+        first, second = mechanisms.ways_to_sign(scheme)
+        assert first == mechanisms.SIGN_MECHANISMS[scheme]
+        assert second != first
+        assert scheme in mechanisms.schemes_offered({second.mechanism})
+
+
+@given(st.binary(min_size=64, max_size=64))
+def test_point_comes_out_of_every_wrapping(coordinates: bytes) -> None:
+    """A bare point begins with the tag of an OCTET STRING: only its length tells the two apart."""
+    point = b"\x04" + coordinates
+    for value in (point, b"\x04\x41" + point, b"\x03\x42\x00" + point):
+        assert mechanisms._point(value, 65) == point
