@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 from harness import CORPUS
@@ -14,9 +15,15 @@ from keyreeve_common.errors import KeyNotFound, TokenUnavailable
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import Purpose, build_tls13_content
 from keyreeve_common.schemes import KeyType, SignatureScheme
+from keyreeve_common.transparency.checkpoint import Checkpoint, cosign
+from keyreeve_common.transparency.journal import build_group
+from keyreeve_common.transparency.note import COSIGNATURE_V1, VerifierKey, parse_note
+from keyreeve_common.transparency.records import Mark, Source
+from keyreeve_common.transparency.tiles import join_entries
 from keyreeve_keyserver import frames
 from keyreeve_keyserver.backends import worker_frames as worker
 from keyreeve_testing import statements, tbs, tls12
+from keyreeve_testing.audit import audit_record
 
 _ITEM = frames.SignItem(1, KeyId("key-1"), 0x0403, 1, 2000, build_tls13_content(Purpose.TLS13_SERVER_VERIFY, bytes(32)))
 _URI = x509.UniformResourceIdentifier(tbs.URI)
@@ -112,6 +119,30 @@ SEEDS: dict[str, dict[str, bytes]] = {
         "bare": tbs.certification_request_info(tbs.LEAF_KEY),
         "san": tbs.certification_request_info(tbs.LEAF_KEY, x509.SubjectAlternativeName([_URI])),
         "other_key": tbs.certification_request_info(tbs.AUTHORITY_KEY),
+    },
+}
+
+_LOG_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+_PUBLIC = _LOG_KEY.public_key().public_bytes_raw()
+_LOG, _WITNESS = VerifierKey("example.org/log", _PUBLIC), VerifierKey("example.org/witness", _PUBLIC, COSIGNATURE_V1)
+_HEAD = Checkpoint(_LOG.name, 703, bytes(range(32))).sign(_LOG, _LOG_KEY.sign)
+SEEDS |= {
+    "audit_record": {
+        "signature": audit_record(1).to_bytes(),
+        "refusal": audit_record(
+            2, event="refusal", code=16, signature_hash=b"", marks=Mark.DIGEST, purpose=10
+        ).to_bytes(),
+        "grant": audit_record(
+            3, source=Source.FRONT_END, event="grant_created", details=(("a", ""), ("holder", "spiffe://example.org/x"))
+        ).to_bytes(),
+    },
+    "checkpoint": {
+        "checkpoint": _HEAD,
+        "cosigned": cosign(parse_note(_HEAD), _WITNESS, timestamp=1_700_000_000, sign=_LOG_KEY.sign).to_bytes(),
+        "vkey": f"{_LOG}\n".encode(),
+        "witness_vkey": str(_WITNESS).encode(),
+        "bundle": join_entries([audit_record(1).to_bytes(), b"", b"x"]),
+        "journal": build_group(7, [b"one", b"two"]) + build_group(9, [b"three"]),
     },
 }
 
