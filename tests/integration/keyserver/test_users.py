@@ -29,9 +29,9 @@ def rig() -> Iterator[KeyServerRig]:
     with directory_of(0) as directory:
         token = make_softhsm_token(directory / "softhsm")
         rig = KeyServerRig(directory / "ks", extra=EXTRA, token=token, default_backend="hsm")
-        for name in ("state", "run"):
+        for name, role in {"state": "front_end", "run": "front_end", "audit": "signer"}.items():
             (directory / "ks" / name).mkdir(mode=0o700)
-            give(directory / "ks" / name, uids["front_end"])
+            give(directory / "ks" / name, uids[role])
         for secret in ("passphrase", "passphrase.kdf"):
             os.chown(directory / "ks" / secret, uids["signer"], uids["signer"])
         give(directory / "softhsm", uids["worker"])
