@@ -56,6 +56,8 @@ ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                     )
                 ],
             ),
+            ("Taken on, by class of keys", "short", [("keyreeve_keyserver_queue_requests", "{{instance}} {{queue}}")]),
+            ("Holders in quarantine", "short", [("max(keyreeve_keyserver_quarantined_holders)", "holders")]),
             ("Streams of agents", "short", [("keyreeve_keyserver_streams", "{{instance}}")]),
             ("Catalog not read for", "s", [("keyreeve_keyserver_catalog_staleness_seconds", "{{instance}}")]),
             ("SVID ends in", "s", [("keyreeve_keyserver_svid_expiry_timestamp_seconds - time()", "{{instance}}")]),
@@ -78,6 +80,18 @@ ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
             ("Backend up", "short", [("keyreeve_signer_backend_up", "{{instance}} {{backend}}")]),
             ("Workers", "short", [("keyreeve_signer_backend_workers", "{{instance}} {{backend}}")]),
             ("Waiting for a worker", "short", [("keyreeve_signer_backend_waiting", "{{instance}} {{backend}}")]),
+            ("Audit log takes records", "short", [("keyreeve_signer_audit_up", "{{instance}}")]),
+            (
+                "Audit records",
+                "ops",
+                [("rate(keyreeve_signer_audit_records_total[$__rate_interval])", "{{instance}}")],
+            ),
+            (
+                "Records without checkpoint",
+                "short",
+                [("keyreeve_signer_audit_unpublished_records", "{{instance}}")],
+            ),
+            ("Protections off", "short", [("keyreeve_signer_protections_off", "{{instance}}")]),
             ("Keys loaded", "short", [("keyreeve_signer_keys_loaded", "{{instance}}")]),
         ],
     ),
@@ -92,6 +106,14 @@ ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 "Key servers available",
                 "short",
                 [("min(keyreeve_agent_key_servers_available)", "fewest of an agent")],
+            ),
+            (
+                "Hedges and ejections",
+                "ops",
+                [
+                    ("sum(rate(keyreeve_agent_hedges_total[$__rate_interval]))", "hedges"),
+                    ("sum(rate(keyreeve_agent_ejections_total[$__rate_interval]))", "ejections"),
+                ],
             ),
             ("Agents without the CA", "short", [("count(keyreeve_agent_ca_connected == 0) or vector(0)", "agents")]),
             ("Identities served", "short", [("sum(keyreeve_agent_svids)", "all agents")]),

@@ -70,6 +70,8 @@ _ALL = (
     ),
     _counter("keyreeve_keyserver_batches_total", "batches handed to the signer"),
     _gauge("keyreeve_keyserver_requests_in_flight", "requests that wait for the signer now"),
+    _gauge("keyreeve_keyserver_queue_requests", "requests taken on, by class of keys (key type/backend)", "queue"),
+    _gauge("keyreeve_keyserver_quarantined_holders", "holders in quarantine now"),
     _gauge("keyreeve_keyserver_streams", "open streams of agents"),
     _gauge("keyreeve_keyserver_signer_connected", "1 while a signer serves"),
     _gauge("keyreeve_keyserver_catalog_staleness_seconds", "since the catalog was last read"),
@@ -84,6 +86,10 @@ _ALL = (
     _gauge("keyreeve_signer_backend_up", "1 while the backend serves", "backend"),
     _gauge("keyreeve_signer_backend_workers", "workers that can sign now", "backend"),
     _gauge("keyreeve_signer_backend_waiting", "requests that wait for a worker", "backend"),
+    _gauge("keyreeve_signer_audit_up", "1 while the audit log takes records; absent where none is configured"),
+    _counter("keyreeve_signer_audit_records_total", "records in the audit log"),
+    _gauge("keyreeve_signer_audit_unpublished_records", "records that no signed checkpoint covers yet"),
+    _gauge("keyreeve_signer_protections_off", "protections of the signer that this host does not give"),
     # agent
     _counter("keyreeve_agent_requests_total", "requests of local processes, by how they ended", "code"),
     _seconds("keyreeve_agent_request_seconds", "from a frame's arrival to its answer, signed ones"),
@@ -92,6 +98,8 @@ _ALL = (
     _gauge("keyreeve_agent_svids", "identities that this agent may serve"),
     _gauge("keyreeve_agent_svid_expiry_timestamp_seconds", "when the agent's own SVID ends, Unix time"),
     _gauge("keyreeve_agent_key_servers_available", "key servers that answered last"),
+    _counter("keyreeve_agent_hedges_total", "second requests sent because the first took longer than usual"),
+    _counter("keyreeve_agent_ejections_total", "times that a key server was taken out of use"),
     _gauge("keyreeve_agent_ca_connected", "1 while the CA's stream of assignments is open"),
     # CA
     _counter("keyreeve_ca_rpcs_total", "calls, by method and how they ended", "method", "code"),
@@ -152,7 +160,7 @@ class MetricSet:
         self._gauges[name] = one
 
     def gauges(self, name: str, read: Callable[[], Iterable[tuple[Labels, float]]]) -> None:
-        """A gauge with labels: all its values, read at each look."""
+        """A gauge with labels: all its values, read at each look. Also for a counter that is kept elsewhere."""
         self._gauges[name] = read
 
     def snapshot(self) -> list[Sample]:

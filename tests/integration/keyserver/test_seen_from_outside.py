@@ -93,6 +93,14 @@ def test_requests_are_counted_once_by_purpose_and_outcome(watched: Watched) -> N
     assert after[("keyreeve_signer_refusals_total", frozenset({"purpose_mismatch"}))] >= 1
     assert after[("keyreeve_signer_backend_up", frozenset({"software"}))] == 1
     assert after[("keyreeve_signer_keys_loaded", frozenset())] >= 1
+    assert after[("keyreeve_signer_audit_up", frozenset())] == 1
+    assert (
+        after[("keyreeve_signer_audit_records_total", frozenset())]
+        > before[("keyreeve_signer_audit_records_total", frozenset())]
+    )
+    assert after[("keyreeve_signer_protections_off", frozenset())] >= 0
+    assert after[("keyreeve_keyserver_queue_requests", frozenset({"ec-p256/software"}))] == 0
+    assert after[("keyreeve_keyserver_quarantined_holders", frozenset())] == 0
     assert after[("keyreeve_keyserver_catalog_staleness_seconds", frozenset())] >= 0
 
 

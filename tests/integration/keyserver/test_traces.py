@@ -11,6 +11,7 @@ from keyreeve_common.trace import make_trace, pack_trace, request_id_of
 from keyreeve_testing.keyserver import KeyServerRig
 from keyreeve_testing.otlp import OtlpReceiver
 from keyreeve_testing.pki import Svid
+from keyreeve_testing.softhsm import make_softhsm_token, softhsm_is_installed
 
 TRACE_ID, SPAN_ID = 0x0AF7651916CD43DD8448EB211C80319C, 0x00F067AA0BA902B7
 SIGNER_STEPS = {"signer.judge", "signer.backend", "signer.record"}
@@ -74,6 +75,25 @@ def test_what_the_caller_does_not_trace_is_not_traced(
         caller.sign(key_id, trace=pack_trace(TRACE_ID + 2, SPAN_ID))
     receiver.spans_of(f"{TRACE_ID + 2:032x}", {"keyserver.sign"})
     assert request_id_of(untraced) not in receiver.trace_ids
+
+
+@pytest.mark.softhsm
+@pytest.mark.skipif(not softhsm_is_installed(), reason="softhsm2 is not installed")
+def test_a_trace_reaches_the_token(tmp_path: Path, receiver: OtlpReceiver) -> None:
+    extra = f'[telemetry]\notlp_endpoint = "{receiver.endpoint}"\n'
+    token = make_softhsm_token(tmp_path / "softhsm")
+    with KeyServerRig(tmp_path / "ks", extra=extra, token=token, default_backend="hsm").running() as rig:
+        agent = rig.pki.svid("keyreeve/agent/a")
+        key = rig.create_key("in-token")
+        rig.grant(key.key_id, agent.spiffe_id)
+        with rig.caller(agent) as caller:
+            caller.sign(key.key_id)
+            caller.sign(key.key_id, trace=pack_trace(TRACE_ID + 3, SPAN_ID))
+        spans = receiver.spans_of(f"{TRACE_ID + 3:032x}", {"keyserver.sign", "backend.token", *SIGNER_STEPS})
+    backend, token_call = spans["signer.backend"], spans["backend.token"]
+    assert backend.attributes["keyreeve.detail"] == "hsm"
+    assert backend.start_ns <= token_call.start_ns <= token_call.end_ns <= backend.end_ns + 1_000_000
+    assert token_call.parent_id == spans["keyserver.sign"].span_id
 
 
 def test_a_receiver_that_is_away_costs_no_signature(tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ def watch_agent(identity: NodeIdentity, sync: Sync, server: SignServer, cluster:
     metrics.gauge("keyreeve_agent_svids", lambda: len(sync.keys.state.assignments))
     metrics.gauge("keyreeve_agent_svid_expiry_timestamp_seconds", lambda: _expiry(identity))
     metrics.gauge("keyreeve_agent_key_servers_available", lambda: _available(cluster))
+    replicas = cluster.balancer.replicas
+    metrics.gauge("keyreeve_agent_hedges_total", lambda: sum(replica.hedges for replica in replicas))
+    metrics.gauge("keyreeve_agent_ejections_total", lambda: sum(replica.ejections for replica in replicas))
     metrics.gauge("keyreeve_agent_ca_connected", lambda: int(sync.connected))
     return metrics
 

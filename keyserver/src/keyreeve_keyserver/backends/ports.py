@@ -5,7 +5,7 @@ Every method raises our errors only, and one failed request never fails its batc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -57,15 +57,22 @@ class CreatedKey:
     attributes: dict[str, str | bool]
 
 
+OnStep = Callable[[str, int, int], None]
+
+
 @dataclass(frozen=True, slots=True)
 class SignRequest:
-    """`deadline` is a time of `time.monotonic`; `prehashed`: `message` is the digest, by the scheme's hash, of what is signed."""
+    """`deadline` is a time of `time.monotonic`; `prehashed`: `message` is the digest, by the scheme's hash, of what is signed.
+
+    `on_step` is there for requests that are traced: it hears of a step's name, begin and end (Unix microseconds).
+    """
 
     record: KeyRecord
     scheme: SignatureScheme
     message: bytes = field(repr=False)
     deadline: float
     prehashed: bool = False
+    on_step: OnStep | None = field(default=None, repr=False, compare=False)
 
 
 SignOutcome = bytes | KeyreeveError

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import cast
@@ -46,6 +46,7 @@ from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.domain.wrapped_key import MAX_BLOB_BYTES
 
+WORKER_STEP = "backend.token"  # the span of a worker's call into its token or service
 _CHUNKS = {KeyFamily.EC_P256: 16, KeyFamily.EC_P384: 16, KeyFamily.ED25519: 16, KeyFamily.RSA: 4}
 _REF_BYTES = 16
 
@@ -231,7 +232,8 @@ class WorkerBackend:
             )
         )
         try:
-            answer = await self._pool.ask(question, within=timedelta(seconds=max(left)))
+            within = timedelta(seconds=max(left))
+            answer = await self._pool.ask(question, within=within, on_answer=_traced(chunk))
             if not isinstance(answer, frames.TokenSigned) or len(answer.outcomes) != len(chunk):
                 raise TokenUnavailable("the worker gave an answer to another question")
         except KeyreeveError as error:
@@ -276,6 +278,20 @@ class WorkerBackend:
         if not isinstance(answer, frames.Done):
             raise Internal("the worker gave an answer to another question")
         return answer.answer
+
+
+def _traced(chunk: list[tuple[int, SignRequest]]) -> Callable[[int], None] | None:
+    """Tells the requests of `chunk` that are traced when their worker had them; None where none is."""
+    steps = [request.on_step for _, request in chunk if request.on_step is not None]
+    if not steps:
+        return None
+
+    def answered(taken_us: int) -> None:
+        now_us = time.time_ns() // 1000
+        for on_step in steps:
+            on_step(WORKER_STEP, min(taken_us, now_us), now_us)
+
+    return answered
 
 
 def _is_digest_of_ed25519(request: SignRequest) -> bool:

@@ -8,7 +8,9 @@ after a while. An idle worker asks for a sign of life now and then, so that a to
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -59,6 +61,7 @@ class _Job:
     answer: asyncio.Future[frames.Answer]
     ticket: Ticket | None  # an errand has none: see tell_all
     attempts: int = field(default=0)
+    taken_us: int = field(default=0)  # when a worker last took it, Unix microseconds
 
 
 class WorkerPool:
@@ -125,8 +128,13 @@ class WorkerPool:
         await asyncio.gather(*self._slots, return_exceptions=True)
         self._drop_waiting(TokenUnavailable("the signer is stopping"))
 
-    async def ask(self, question: frames.Question, *, within: timedelta) -> frames.Answer:
-        """Raises: what the worker refused with, DeadlineExceeded, TokenUnavailable."""
+    async def ask(
+        self, question: frames.Question, *, within: timedelta, on_answer: Callable[[int], None] | None = None
+    ) -> frames.Answer:
+        """`on_answer` hears when a worker took the question (Unix microseconds), as its answer is there.
+
+        Raises: what the worker refused with, DeadlineExceeded, TokenUnavailable.
+        """
         if self._fault is not None:
             raise self._again(self._fault)
         if len(self._jobs) >= MAX_WAITING:
@@ -142,6 +150,8 @@ class WorkerPool:
                 self._jobs.remove(job)
                 self._guard.abandoned(job.ticket)
             raise DeadlineExceeded("deadline passed while the token was at work") from None
+        if on_answer is not None:
+            on_answer(job.taken_us)
         if isinstance(answer, frames.Failed):
             raise answer.error
         return answer
@@ -265,6 +275,7 @@ class WorkerPool:
                 self._guard.abandoned(job.ticket)
                 continue
             job.attempts += 1
+            job.taken_us = time.time_ns() // 1000
             try:
                 answer = await process.ask(job.question, within=self._policy.bound(job.question))
             except WorkerGone as error:

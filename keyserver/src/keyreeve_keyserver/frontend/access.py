@@ -133,6 +133,9 @@ class Access:
             of_holder[entry.grant.key_id] = (entry.grant, entry.seq)
             self.generation += known is not None and known[0] != entry.grant
 
+    def holders_in_quarantine(self, now: datetime) -> int:
+        return sum(quarantine.holds(now) for quarantine, _ in list(self._quarantines.values()))
+
     def apply_quarantine(self, entry: QuarantineEntry) -> None:
         known = self._quarantines.get(entry.quarantine.holder)
         if known is None or known[1] <= entry.seq:

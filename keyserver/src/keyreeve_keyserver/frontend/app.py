@@ -213,7 +213,7 @@ class FrontEnd:
         self._identity = TlsIdentity(
             config.state_dir, trust_domain=config.trust_domain, spiffe_id=config.spiffe_id, clock=clock
         )
-        metrics.watch(self._link, access, self._identity)
+        metrics.watch(self._link, access, self._identity, admission=admission, clock=clock)
         exempt = frozenset(str(admin) for admin in config.key_admins)
         watch = QuarantineWatch(config.quarantine, access, threads, exempt=exempt, clock=clock)
         watch.trail = trail

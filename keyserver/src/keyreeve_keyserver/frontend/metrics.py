@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
+from datetime import datetime
 
 from keyreeve_common.errors import KeyreeveError
 from keyreeve_common.metrics import MetricSet, Sample, samples_from_json
@@ -14,6 +15,7 @@ from keyreeve_common.schemes import SignatureScheme
 
 from keyreeve_keyserver.frames import Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.access import Access
+from keyreeve_keyserver.frontend.admission import Admission
 from keyreeve_keyserver.frontend.signer_link import SignerLink
 from keyreeve_keyserver.frontend.tls_identity import TlsIdentity
 
@@ -47,11 +49,24 @@ class FrontEndMetrics(MetricSet):
             name = _SCHEMES.get(scheme, "unknown")
             self.observe("keyreeve_keyserver_request_seconds", name, seconds=seconds, times=times)
 
-    def watch(self, link: SignerLink, access: Access, identity: TlsIdentity) -> None:
+    def watch(
+        self,
+        link: SignerLink,
+        access: Access,
+        identity: TlsIdentity,
+        *,
+        admission: Admission,
+        clock: Callable[[], datetime],
+    ) -> None:
         """The gauges of these parts, read at each look."""
         self.gauge("keyreeve_keyserver_requests_in_flight", lambda: link.requests_in_flight)
         self.gauge("keyreeve_keyserver_signer_connected", lambda: int(link.ready.is_set()))
         self.gauge("keyreeve_keyserver_catalog_staleness_seconds", lambda: access.staleness_s)
+        self.gauge("keyreeve_keyserver_quarantined_holders", lambda: access.holders_in_quarantine(clock()))
+        self.gauges(
+            "keyreeve_keyserver_queue_requests",
+            lambda: [((name,), float(count)) for name, count in admission.outstanding().items()],
+        )
         self.gauge("keyreeve_keyserver_svid_expiry_timestamp_seconds", lambda: _expiry(identity))
 
 

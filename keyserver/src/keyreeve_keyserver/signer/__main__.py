@@ -138,7 +138,7 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace, protections:
     keys, now = KeyTable(), _now
     sealer, audit = Sealer(kek), _audit_log(config, kek)
     metrics = SignerMetrics()
-    metrics.watch(backends, keys)
+    metrics.watch(backends, keys, audit, protections)
     server = Server(
         SigningService(backends, keys, now=now, max_message=config.max_message_bytes, metrics=metrics, audit=audit),
         ControlService(

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence, Sized
 from keyreeve_common.errors import KeyreeveError
 from keyreeve_common.metrics import MetricSet
 
+from keyreeve_keyserver.audit.ports import AuditLog, AuditStatus
 from keyreeve_keyserver.backends.ports import Backend, BackendHealth, BackendState, SignOutcome, SignRequest
+from keyreeve_keyserver.hardening.lockdown import Protections
 
 
 class SignerMetrics(MetricSet):
@@ -29,16 +31,25 @@ class SignerMetrics(MetricSet):
     def refused(self, error: KeyreeveError) -> None:
         self.count("keyreeve_signer_refusals_total", error.code.value)
 
-    def watch(self, backends: Mapping[str, Backend], keys: Sized) -> None:
+    def watch(self, backends: Mapping[str, Backend], keys: Sized, audit: AuditLog, protections: Protections) -> None:
         """The gauges of these parts, read at each look."""
 
         def health() -> list[tuple[str, BackendHealth]]:
             return [(name, backend.health()) for name, backend in backends.items()]
 
         self.gauge("keyreeve_signer_keys_loaded", lambda: len(keys))
+        self.gauge("keyreeve_signer_protections_off", lambda: len(protections.missing))
+        if audit.enabled:
+            self.gauge("keyreeve_signer_audit_up", lambda: int(audit.status().state == "ok"))
+            self.gauge("keyreeve_signer_audit_records_total", lambda: audit.status().recorded)
+            self.gauge("keyreeve_signer_audit_unpublished_records", lambda: _unpublished(audit.status()))
         self.gauges(
             "keyreeve_signer_backend_up",
             lambda: [((name,), float(found.state is BackendState.UP)) for name, found in health()],
         )
         self.gauges("keyreeve_signer_backend_workers", lambda: [((name,), found.workers) for name, found in health()])
         self.gauges("keyreeve_signer_backend_waiting", lambda: [((name,), found.waiting) for name, found in health()])
+
+
+def _unpublished(status: AuditStatus) -> int:
+    return status.recorded - status.checkpointed

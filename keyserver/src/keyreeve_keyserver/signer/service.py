@@ -170,7 +170,11 @@ class SigningService:
         if backend is None:
             error = TokenUnavailable(f"this signer has no backend {backend_name}")
             return [Refused(judged.id, error) for judged in lane]
-        requests, began, began_us = [judged.request for judged in lane], time.monotonic(), now_us()
+        requests, began, began_us = (
+            [spans.watched(judged.id, judged.request) for judged in lane],
+            time.monotonic(),
+            now_us(),
+        )
         try:
             outcomes = await backend.sign(requests)
         except Exception:

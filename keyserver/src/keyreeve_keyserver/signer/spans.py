@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from keyreeve_common.trace import is_sampled
 
+from keyreeve_keyserver.backends.ports import SignRequest
 from keyreeve_keyserver.frames import SignItem, Span
 
 JUDGE, BACKEND, RECORD = "signer.judge", "signer.backend", "signer.record"
@@ -36,6 +37,13 @@ class SpanLog:
         if self.traces:
             end_us = max(now_us(), start_us)
             self.spans += [Span(self.traces[n], name, start_us, end_us, detail) for n in ids if n in self.traces]
+
+    def watched(self, item_id: int, request: SignRequest) -> SignRequest:
+        """The request that tells this log of its backend's own steps, where it is traced."""
+        if item_id not in self.traces:
+            return request
+        trace = self.traces[item_id]
+        return replace(request, on_step=lambda name, start, end: self.spans.append(Span(trace, name, start, end)))
 
     def taken(self) -> tuple[Span, ...]:
         """The steps that were not taken yet."""
