@@ -69,6 +69,7 @@ class Access:
         self._seq = 0
         self._read_at = 0.0
         self._woken = asyncio.Event()
+        self._reading = asyncio.Lock()
         self.generation = (
             0  # changes whenever something that was known changes: what was judged before it is judged anew
         )
@@ -156,18 +157,21 @@ class Access:
 
     async def refresh(self) -> None:
         """Reads what changed. Raises: the catalog's errors."""
-        began = monotonic()
-        changes = await self._threads.run(self._threads.catalog.changes_since, self._seq)
-        if changes is not None and changes.seq < self._seq:
-            log_warning("catalog_went_back", detail="the database was restored from a backup; all of it is read anew")
-            self._keys, self._grants, self._seq = {}, {}, 0
-            self._quarantines = {name: (known, 0) for name, (known, _) in self._quarantines.items()}
-            self._was_restored = True
-            self.generation += 1
-            changes = await self._threads.run(self._threads.catalog.changes_since, -1)
-        if changes is not None:
-            self._apply(changes)
-        self._read_at = began
+        async with self._reading:  # of two reads at once the older would pass for a catalog that went back
+            began = monotonic()
+            changes = await self._threads.run(self._threads.catalog.changes_since, self._seq)
+            if changes is not None and changes.seq < self._seq:
+                log_warning(
+                    "catalog_went_back", detail="the database was restored from a backup; all of it is read anew"
+                )
+                self._keys, self._grants, self._seq = {}, {}, 0
+                self._quarantines = {name: (known, 0) for name, (known, _) in self._quarantines.items()}
+                self._was_restored = True
+                self.generation += 1
+                changes = await self._threads.run(self._threads.catalog.changes_since, -1)
+            if changes is not None:
+                self._apply(changes)
+            self._read_at = began
 
     async def follow(self, interval: timedelta) -> None:
         """Refreshes for ever, each `interval` and whenever it is woken; an outage is logged when it begins and when it ends."""

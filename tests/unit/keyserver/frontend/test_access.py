@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Event
 from time import monotonic
 
 import pytest
@@ -101,6 +102,36 @@ async def test_a_catalog_restored_from_a_backup_is_read_anew(threads: CatalogThr
         connection.execute(text("UPDATE keyreeve_changes SET counter = 1"))
     await access.refresh()
     assert not allowed(access, key.key_id)
+
+
+async def test_two_reads_at_once_are_no_restored_catalog(
+    threads: CatalogThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rotation reads beside the following; whose read began first may end last, and knows less."""
+    access = Access(threads, max_staleness=timedelta(seconds=60))
+    key = make_key(threads.catalog)
+    threads.catalog.put_grant(grant(key.key_id))
+    await access.refresh()
+    read, may_end, began = threads.catalog.changes_since, Event(), Event()
+
+    def slow_once(seq: int) -> object:
+        found = read(seq)
+        if not began.is_set():
+            began.set()
+            may_end.wait(10)
+        return found
+
+    monkeypatch.setattr(threads.catalog, "changes_since", slow_once)
+    threads.catalog.put_grant(grant(key.key_id))
+    first = asyncio.create_task(access.refresh())
+    await asyncio.to_thread(began.wait, 10)
+    threads.catalog.put_grant(grant(key.key_id))
+    second = asyncio.create_task(access.refresh())
+    await asyncio.wait([second], timeout=0.2)  # it may wait for the first
+    may_end.set()
+    await asyncio.gather(first, second)
+    assert not access.may_have_had(HOLDER, "k-foreign")  # probing for keys still counts
+    assert allowed(access, key.key_id)
 
 
 async def test_without_fresh_reads_nothing_is_authorised(threads: CatalogThreads) -> None:
