@@ -1,7 +1,8 @@
 """Rotation of entries' keys: a new generation and an SVID for it at once, the old key until the last certificate for it has ended.
 
 Every step can be repeated. The key cluster makes one successor for each request id and copies the grants; the store remembers the former key
-before anything else happens to it, so that whatever takes an identity away takes the former key away too.
+before anything else happens to it, so that whatever takes an identity away takes the former key away too. What is revoked while a rotation is
+under way, or cut off, is revoked for the new key as well.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from keyreeve_ca.assignment_service import ensure_svid
 from keyreeve_ca.domain.grants import EXPIRY_MARGIN
 from keyreeve_ca.domain.records import FormerKey, KeyUse, ManagedKey, SvidRecord
 from keyreeve_ca.service import Ca
+from keyreeve_ca.withdrawal_service import carry_revocations
 
 
 def rotate_entry_key(ca: Ca, entry_id: str) -> SvidRecord:
@@ -27,9 +29,11 @@ def rotate_entry_key(ca: Ca, entry_id: str) -> SvidRecord:
             )
         generation = known.generation + 1
         key = ca.cluster.rotate_key(known.key_id, request_id=f"{owner.request_id(generation)}-rotation")
+        carry_revocations(ca, owner, known.key_id, key.key_id)  # the key may be older than this call
         fresh = ManagedKey(owner, generation, key.key_id, key.spki_der, known.fingerprint)
         if not ca.store.replace_managed_key(fresh, former=known):
             raise Conflict("another CA instance rotated this key meanwhile")
+        carry_revocations(ca, owner, known.key_id, key.key_id)  # withdrawals under way, which knew of one key only
         log("key_rotated", key_id=known.key_id, successor=key.key_id, spiffe_id=str(entry.spiffe_id))
     _, record = ensure_svid(ca, entry)
     retire_former_keys(ca)

@@ -10,6 +10,8 @@ from keyreeve_ca.assignment_service import sync_agent
 from keyreeve_ca.domain.grants import EXPIRY_MARGIN
 from keyreeve_ca.entry_service import create_entry, delete_entry
 from keyreeve_ca.rotation_service import retire_former_keys, rotate_entry_key
+from keyreeve_ca.store.engine import write_transaction
+from keyreeve_ca.store.entry_records import withdraw
 from keyreeve_ca.withdrawal_service import withdraw_grants
 from keyreeve_client.key_admin import KeyState
 from keyreeve_common.errors import FailedPrecondition, KeyreeveError, Unavailable
@@ -17,6 +19,7 @@ from keyreeve_common.identity import SpiffeId, TrustDomain
 
 TD = TrustDomain("example.org")
 N1 = SpiffeId(TD, "/keyreeve/agent/n1")
+N2 = SpiffeId(TD, "/keyreeve/agent/n2")
 SECOND = timedelta(seconds=1)
 
 
@@ -118,3 +121,58 @@ def test_each_rotation_is_a_generation(rig: Any, entry: Any) -> None:
         keys.append(only(rig).key.key_id)
     assert len(set(keys)) == 4
     assert set(only(rig).former_key_ids) == set(keys[:-1])
+
+
+def test_node_that_is_expelled_right_after_a_rotation_has_no_grant_of_the_new_key(rig: Any) -> None:
+    """Its row names the old key still: nobody assigned anything to it since."""
+    first = create_entry(rig.ca, rig.entry())
+    create_entry(rig.ca, rig.entry(agent="n2"))
+    sync_agent(rig.ca, N1)
+    (lost,) = sync_agent(rig.ca, N2)
+    record = rotate_entry_key(rig.ca, first.entry_id)
+    with write_transaction(rig.store.engine) as connection:
+        withdraw(connection, N2)
+    withdraw_grants(rig.ca)
+    for key_id in (lost.key.key_id, record.key_id):
+        (grant,) = rig.cluster.list_grants(key_id=key_id, holder=N2)
+        assert grant.is_revoked, key_id
+    sync_agent(rig.ca, N1)
+    (kept,) = rig.cluster.list_grants(key_id=record.key_id, holder=N1)
+    assert not kept.is_revoked
+    (again,) = sync_agent(rig.ca, N2)  # attested anew: the withdrawal was the CA's own, no operator's
+    assert again.error is None
+    assert again.key.key_id == record.key_id
+
+
+@pytest.mark.parametrize("by", ["ca", "operator"])
+def test_what_was_taken_away_while_a_rotation_was_cut_off_stays_so(
+    rig: Any, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """The copy of the grants is older than the revocation: the repetition finds the key that was made before it."""
+    first = create_entry(rig.ca, rig.entry())
+    create_entry(rig.ca, rig.entry(agent="n2"))
+    sync_agent(rig.ca, N1)
+    (lost,) = sync_agent(rig.ca, N2)
+
+    def dies(*_: object, **__: object) -> None:
+        raise Unavailable("the CA died here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.store, "replace_managed_key", dies)
+        with pytest.raises(Unavailable):
+            rotate_entry_key(rig.ca, first.entry_id)
+    rig.clock.advance(SECOND)
+    if by == "ca":
+        with write_transaction(rig.store.engine) as connection:
+            withdraw(connection, N2)
+        withdraw_grants(rig.ca)
+    else:
+        rig.cluster.revoke_grant(lost.key.key_id, N2)
+    rig.clock.advance(SECOND)
+    record = rotate_entry_key(rig.ca, first.entry_id)
+    (grant,) = rig.cluster.list_grants(key_id=record.key_id, holder=N2)
+    assert grant.is_revoked
+    (kept,) = rig.cluster.list_grants(key_id=record.key_id, holder=N1)
+    assert not kept.is_revoked
+    (again,) = sync_agent(rig.ca, N2)
+    assert (again.error is None) == (by == "ca")
