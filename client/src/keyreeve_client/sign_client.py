@@ -24,6 +24,7 @@ import grpc.aio
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from keyreeve_common.errors import (
     DeadlineExceeded,
+    Internal,
     KeyreeveError,
     MessageTooLarge,
     Overloaded,
@@ -32,6 +33,7 @@ from keyreeve_common.errors import (
 from keyreeve_common.grpc_edge import error_from_proto, error_from_rpc, error_from_trailers
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES, Purpose
 from keyreeve_common.schemes import SignatureScheme
+from keyreeve_common.sign_socket import MAX_SIGNATURE_BYTES
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 from keyreeve_common.verification import verify_signature
 
@@ -289,7 +291,8 @@ class SignStreamClient:
         while self._waiting and len(taken) < MAX_BATCH_ITEMS and size < MAX_BATCH_BYTES:
             _, waiting = self._waiting.popitem(last=False)
             if not waiting.answer.done():  # else its caller was told to give up in this very turn of the loop
-                left_ms = int((waiting.ends_at - now - _EDGE_MARGIN_S) * 1000)
+                left_s = waiting.ends_at - now
+                left_ms = int((left_s - min(_EDGE_MARGIN_S, left_s / 2)) * 1000)
                 waiting.item.deadline_ms = max(1, min(left_ms, _MAX_DEADLINE_MS))
                 taken.append(waiting)
                 size += len(waiting.item.message)
@@ -348,10 +351,13 @@ def _deliver(stream: _Stream, result: keyserver_pb2.SignResult) -> None:
     future = stream.settle(result.id)
     if future is None or future.done():
         return
-    if result.WhichOneof("result") == "signature":
-        future.set_result(bytes(result.signature))
-    else:
+    if result.WhichOneof("result") != "signature":
         future.set_exception(error_from_proto(result.error))
+    elif 0 < len(result.signature) <= MAX_SIGNATURE_BYTES:
+        future.set_result(bytes(result.signature))
+    else:  # no frame of the sign socket could carry it on
+        size = len(result.signature)
+        future.set_exception(Internal(f"key server gave {size} bytes for a signature: that server is faulty"))
 
 
 async def _end_writing(call: Any) -> None:

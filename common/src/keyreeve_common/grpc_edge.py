@@ -289,5 +289,13 @@ def error_to_proto(error: KeyreeveError) -> types_pb2.Error:
 
 
 def error_from_proto(message: types_pb2.Error) -> KeyreeveError:
-    retry_after = message.retry_after.ToTimedelta() if message.HasField("retry_after") else None
-    return error_from_code(message.code, message.detail, retry_after)
+    return error_from_code(message.code, message.detail, _retry_after(message))
+
+
+def _retry_after(message: types_pb2.Error) -> timedelta | None:
+    """None where there is none, or the peer said what is no time to wait."""
+    try:
+        retry_after = message.retry_after.ToTimedelta() if message.HasField("retry_after") else None
+    except (ValueError, OverflowError):
+        return None
+    return retry_after if retry_after is None or retry_after > timedelta(0) else None

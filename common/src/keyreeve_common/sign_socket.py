@@ -83,7 +83,7 @@ class RefusedFrame:
             REFUSED,
             u32(self.request_id)
             + bytes((self.error.rendering.wire,))
-            + u32(min(retry_ms, 0xFFFFFFFF))
+            + u32(min(max(retry_ms, 0), 0xFFFFFFFF))
             + bytes16(self.error.detail.encode()),
         )
 

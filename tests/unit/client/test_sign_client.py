@@ -17,11 +17,15 @@ from keyreeve_client.sign_client import (
     SignClient,
     SignStreamClient,
     StreamLost,
+    _Batch,
+    _deliver,
+    _Stream,
 )
 from keyreeve_common.errors import (
     DeadlineExceeded,
     Internal,
     KeyNotFound,
+    KeyreeveError,
     MessageTooLarge,
     RateLimited,
     SchemeNotSupported,
@@ -30,6 +34,8 @@ from keyreeve_common.errors import (
 )
 from keyreeve_common.purposes import Purpose
 from keyreeve_common.schemes import SignatureScheme
+from keyreeve_common.sign_socket import RefusedFrame, parse_agent_frame
+from keyreeve_common.v1 import keyserver_pb2
 from keyreeve_common.verification import verify_signature
 
 SCHEME = SignatureScheme.ECDSA_SECP256R1_SHA256
@@ -69,6 +75,33 @@ async def test_many_callers_get_their_own_signature(signing: Any) -> None:
             assert signature[:1] == b"\x30", number
     assert signing.service.streams == 1
     assert all(len(batch) <= MAX_BATCH_ITEMS for batch in signing.service.batches)
+
+
+@pytest.mark.parametrize("signature", [b"", b"s" * 1025, b"s" * 70_000], ids=len)
+async def test_a_signature_that_no_frame_carries_is_a_fault_of_that_server(signature: bytes) -> None:
+    error = await _delivered(keyserver_pb2.SignResult(id=1, signature=signature))
+    assert isinstance(error, Internal)
+
+
+@pytest.mark.parametrize("seconds", [-5, 10**12, -(10**12), 315_576_000_000, 0])
+async def test_what_is_no_time_to_wait_is_none(seconds: int) -> None:
+    result = keyserver_pb2.SignResult(id=1)
+    result.error.code, result.error.detail = "overloaded", "full"
+    result.error.retry_after.seconds = seconds
+    error = await _delivered(result)
+    assert isinstance(error, KeyreeveError)
+    assert error.retry_after is None or error.retry_after > timedelta(0)
+    frame = parse_agent_frame(RefusedFrame(1, error).to_bytes()[4:])  # the client hears it, whatever it is
+    assert isinstance(frame, RefusedFrame)
+
+
+async def _delivered(result: Any) -> BaseException | None:
+    no: Any = None
+    stream = _Stream(no, no)
+    answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    stream.outstanding[1] = (answer, _Batch({1}, 0.0))
+    _deliver(stream, result)
+    return answer.exception()
 
 
 async def test_first_leaves_at_once_and_those_that_arrive_meanwhile_leave_together(signing: Any) -> None:
