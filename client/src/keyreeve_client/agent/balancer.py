@@ -41,6 +41,7 @@ class Fault(StrEnum):
     LOST = "lost"  # the stream broke, ended or could not be opened: the whole replica
     ERROR = "error"  # it answered that it cannot; counts when it happens again and again
     CLASS = "class"  # it cannot do this class now (a token that is away)
+    NONE = "none"  # nothing: the request came with too little time for anybody
     SHED = "shed"  # it has too much of this class
 
 
@@ -95,6 +96,7 @@ class Lane:
 
     latencies: Latencies = field(default_factory=Latencies)
     held_until: float = 0.0
+    refusals: int = 0  # in a row, of what another replica might know better
 
 
 @dataclass(slots=True)
@@ -107,7 +109,9 @@ class Replica:
     asked_since: float | None = None  # of the first request that no answer came after
     errors: int = 0
     failed_probes: int = 0
+    relapses: int = 0  # ejections since the last answer: a probe that succeeds is no signature yet
     outlier_ejections: int = 0
+    slow: bool = False  # ejected for its latency alone: better than none
     probe_at: float = 0.0
     probing: bool = False
     lanes: dict[int, Lane] = field(default_factory=dict)
@@ -175,12 +179,14 @@ class Balancer:
         """The replica gave a signature after `took_s`, or, None, a refusal that every replica would repeat."""
         replica = self.replicas[index]
         replica.answers += 1
-        replica.errors = 0
+        replica.errors = replica.relapses = 0
         self._answered_at = now
         self._heard(replica, now)
         if took_s is None:
             return
-        replica.lane(scheme).latencies.add(took_s)
+        lane = replica.lane(scheme)
+        lane.refusals = 0
+        lane.latencies.add(took_s)
         if replica.state is State.READY and self._is_outlier(index, scheme):
             self._eject(replica, now, outlier=True)
 
@@ -192,6 +198,8 @@ class Balancer:
             self._eject(replica, now)
             return
         self._heard(replica, now)
+        if fault is Fault.NONE:
+            return
         if fault is Fault.ERROR:
             replica.errors += 1
             if replica.errors >= self._settings.errors:
@@ -202,6 +210,17 @@ class Balancer:
         lane.held_until = max(lane.held_until, now + pause_s)
         if fault is Fault.SHED:
             self._shed_at[scheme] = now
+
+    def refused(self, index: int, scheme: int, now: float) -> None:
+        """What the replica just answered is a refusal that another might not repeat (a catalog or clock that is behind).
+
+        It counts as the answer, but refusals are quick: without this a replica that refuses all would have the least outstanding, and be
+        asked first.
+        """
+        lane = self.replicas[index].lane(scheme)
+        pause_s = min(_HOLD_S * 2 ** min(lane.refusals, 10), _LONGEST_HOLD_S)
+        lane.refusals += 1
+        lane.held_until = max(lane.held_until, now + pause_s)
 
     def given_up(self, index: int) -> None:
         """Nobody waits for this request any more: another answered first, its time was up, or its client left."""
@@ -274,11 +293,7 @@ class Balancer:
         replica = self.replicas[index]
         replica.probing = False
         if healthy:
-            if replica.state is State.EJECTED:
-                replica.lanes = {}  # what it was like before says nothing
-            replica.state = State.READY
-            replica.errors = replica.failed_probes = replica.unanswered = 0
-            replica.asked_since = now if replica.outstanding else None
+            self._take_back(replica, now)
             return False
         if replica.state is State.READY:
             return False  # it answered a request meanwhile
@@ -303,10 +318,23 @@ class Balancer:
             return False
         return own.mean_s > max(_OUTLIER_FLOOR_S, _OUTLIER_FACTOR * min(others))
 
+    @staticmethod
+    def _take_back(replica: Replica, now: float) -> None:
+        if replica.state is State.EJECTED:
+            replica.lanes = {}  # what it was like before says nothing
+        replica.state = State.READY
+        replica.slow = False
+        replica.errors = replica.failed_probes = replica.unanswered = 0
+        replica.asked_since = now if replica.outstanding else None
+
     def _eject(self, replica: Replica, now: float, *, outlier: bool = False) -> bool:
-        """Whether it was ejected now. The last ready one stays: it is asked until another is back."""
+        """Whether it was ejected now. The last ready one stays until another is back; one that was out for being slow comes back for it."""
         if replica.state is State.EJECTED:
             return False
+        if not outlier and not any(other is not replica and other.state is State.READY for other in self.replicas):
+            for other in self.replicas:
+                if other.state is State.EJECTED and other.slow:
+                    self._take_back(other, now)
         if not any(other is not replica and other.state is State.READY for other in self.replicas):
             replica.state = State.READY
             replica.asked_since = now if replica.outstanding else None
@@ -317,11 +345,14 @@ class Balancer:
         replica.unanswered = 0
         replica.asked_since = None
         replica.failed_probes = 0
+        replica.slow = outlier
         if outlier:
             replica.outlier_ejections += 1
             pause_s = min(self._settings.longest_outlier_s, float(2 ** min(replica.outlier_ejections - 1, 10)))
         else:
-            pause_s = self._pause(self._settings.first_probe_s, 0)
+            pause_s = self._pause(self._settings.first_probe_s, replica.relapses)
+            replica.failed_probes = replica.relapses
+            replica.relapses += 1
         replica.probe_at = now + pause_s
         return True
 

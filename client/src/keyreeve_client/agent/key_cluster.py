@@ -2,7 +2,7 @@
 
 What may be asked again: a request whose stream broke, or that a replica could not or would not serve now. A signature may have been made of it
 already; a second one of the same message by the same key tells nobody more than the first, and each is on record. What is not asked again: a
-refusal that every replica would repeat. `agent/balancer.py` decides; this module keeps its clock and carries out what it says.
+refusal of the caller or the request. `agent/balancer.py` decides; this module keeps its clock and carries out what it says.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ _PATIENCE_S = 5.0  # a request that comes later than this after the cluster's la
 _ROUND_S = (0.05, 0.1, 0.2, 0.4)
 _MAX_SHED_ROUNDS = 1
 _LATE_S = 0.01  # the sign socket's own deadline may end a flight a little before ours
+_SHORT_S = 0.1  # what becomes of a request with less time than this says nothing of the replica: any local process can make such ones
+_LINE_INTERVAL_S = 10.0
 _SCHEMES = frozenset(int(scheme) for scheme in SignatureScheme)
 _OTHER_SCHEME = 0
 # What a failure says of its replica; a code that is not here is the answer, from whichever replica it came.
@@ -43,9 +45,20 @@ _FAULTS = {
     ErrorCode.AUDIT_UNAVAILABLE: Fault.ERROR,
     ErrorCode.TOKEN_UNAVAILABLE: Fault.CLASS,
     ErrorCode.TOKEN_SESSIONS_EXHAUSTED: Fault.CLASS,
+    ErrorCode.TOKEN_PIN_INCORRECT: Fault.CLASS,
+    ErrorCode.VAULT_ACCESS_DENIED: Fault.CLASS,
+    ErrorCode.KEY_SELF_TEST_FAILED: Fault.CLASS,  # its token, its key-encryption key, or a fault in it: not of the request
+    ErrorCode.SEALED_RECORD_INVALID: Fault.CLASS,
+    ErrorCode.INTERNAL: Fault.CLASS,
     ErrorCode.DEADLINE_EXCEEDED: Fault.CLASS,  # said by the key server: its backend is slow, or its own bound is short
     ErrorCode.OVERLOADED: Fault.SHED,
 }
+_WHOLE_REPLICA = (Fault.LOST, Fault.ERROR)
+_OF_THE_REQUESTS_TIME = (ErrorCode.OVERLOADED, ErrorCode.DEADLINE_EXCEEDED)
+# Refusals that are the answer, and may yet tell of a replica that is behind: it is not to be the one that is asked first.
+_DOUBTFUL = frozenset(
+    {ErrorCode.KEY_NOT_FOUND, ErrorCode.UNAUTHENTICATED, ErrorCode.SVID_EXPIRED, ErrorCode.SVID_INVALID}
+)
 
 
 def balancer_settings(config: KeyServerConfig) -> Settings:
@@ -55,6 +68,22 @@ def balancer_settings(config: KeyServerConfig) -> Settings:
         silence_s=config.silence_timeout.total_seconds(),
         errors=config.max_errors,
     )
+
+
+@dataclass(slots=True)
+class Lines:
+    """Lets one log line through in each interval, and counts the others: no fault, and no client, fills the log."""
+
+    logged_at: float | None = None
+    unlogged: int = 0
+
+    def admit(self, now: float) -> int | None:
+        """How many were kept back since the last; None where this one is."""
+        if self.logged_at is not None and now - self.logged_at < _LINE_INTERVAL_S:
+            self.unlogged += 1
+            return None
+        self.logged_at, unlogged, self.unlogged = now, self.unlogged, 0
+        return unlogged
 
 
 @dataclass(eq=False)
@@ -67,6 +96,9 @@ class KeyServer:
     replica: Replica
     last_success: datetime | None = None
     last_error: KeyreeveError | None = None
+    said_lost: bool = False
+    losses: Lines = field(default_factory=Lines)
+    faults: dict[ErrorCode, Lines] = field(default_factory=dict)  # of one class of requests
 
     async def is_healthy(self, within_s: float) -> bool:
         """Asks for its health; waits for the connection, so that one that comes back is seen at once."""
@@ -98,7 +130,7 @@ class KeyCluster:
             for address, replica in zip(addresses, self.balancer.replicas, strict=True)
         ]
         self._look = asyncio.Event()
-        self._idle = False  # whether the watcher waits for a first request
+        self._sleeps_until: float | None = None  # until when the watcher does; None: for a first request
         self._watcher: asyncio.Task[None] | None = None
         self._probing: set[asyncio.Task[None]] = set()
 
@@ -130,7 +162,7 @@ class KeyCluster:
         self.balancer.began(index, scheme, now, hedge=hedge)
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._probe_forever(), name="key-server-probes")
-        elif self._idle:
+        elif self._sleeps_until is None or self._sleeps_until > now + self._settings.silence_s:
             self._look.set()
 
     def note_answer(self, index: int, scheme: int, took_s: float | None) -> None:
@@ -140,29 +172,47 @@ class KeyCluster:
         server.last_success = self._clock()
         self._back(server)
 
-    def note_failure(self, index: int, scheme: int, error: KeyreeveError) -> None:
+    def note_refusal(self, index: int, scheme: int, error: KeyreeveError) -> None:
+        self.note_answer(index, scheme, None)
+        if error.code in _DOUBTFUL:
+            self.balancer.refused(index, scheme, asyncio.get_running_loop().time())
+
+    def note_failure(self, index: int, scheme: int, error: KeyreeveError, *, had_s: float) -> None:
+        """`had_s` is the time that the request had when it was sent there."""
         fault = Fault.LOST if isinstance(error, StreamLost) else _FAULTS[error.code]
+        if error.code in _OF_THE_REQUESTS_TIME and had_s < _SHORT_S:
+            fault = Fault.NONE
         retry_s = error.retry_after.total_seconds() if error.retry_after is not None else None
         server, now = self.servers[index], asyncio.get_running_loop().time()
         was = server.replica.state
         self.balancer.failed(index, scheme, now, fault=fault, retry_after_s=retry_s)
-        if fault is not Fault.SHED:  # one that sheds load serves: it is neither lost nor back at each turn
+        if fault in _WHOLE_REPLICA:
             self._away(server, error)
+        elif fault is Fault.CLASS:  # the rest of it serves: it is neither lost nor back at each turn
+            unlogged = server.faults.setdefault(error.code, Lines()).admit(now)
+            if unlogged is not None:
+                code, detail = error.code.value, error.detail
+                log_warning("key_server_fault", address=server.address, code=code, detail=detail, unlogged=unlogged)
         self._log_ejection(server, was, error.detail)
 
-    def note_silence(self, index: int) -> None:
-        self._away(self.servers[index], Unavailable("key server did not answer in time"))
+    def note_silence(self, index: int, waited_s: float) -> None:
+        if waited_s >= self._settings.silence_s:  # else the request was in a hurry, and the replica not silent
+            self._away(self.servers[index], Unavailable("key server did not answer in time"))
 
     def _back(self, server: KeyServer) -> None:
-        if server.last_error is not None:
+        if server.said_lost:
             log("key_server_back", address=server.address)
+        server.said_lost = False
         server.last_error = None
 
     @staticmethod
     def _away(server: KeyServer, error: KeyreeveError) -> None:
-        if server.last_error is None:
-            log_warning("key_server_lost", address=server.address, code=error.code.value, detail=error.detail)
+        """Where it fails and serves by turns, not each turn is a line; one that stays away is said to be."""
         server.last_error = error
+        if not server.said_lost and (unlogged := server.losses.admit(asyncio.get_running_loop().time())) is not None:
+            server.said_lost = True
+            code, detail = error.code.value, error.detail
+            log_warning("key_server_lost", address=server.address, code=code, detail=detail, unlogged=unlogged)
 
     def _log_ejection(self, server: KeyServer, was: State, detail: str) -> None:
         if server.replica.state is State.EJECTED and was is not State.EJECTED:
@@ -181,9 +231,9 @@ class KeyCluster:
                 self._probing.add(task)
                 task.add_done_callback(self._probing.discard)
             due = self.balancer.next_probe()
-            self._idle = due is None
+            self._sleeps_until = max(due, loop.time() + 0.01) if due is not None else None
             try:
-                async with asyncio.timeout_at(max(due, loop.time() + 0.01) if due is not None else None):
+                async with asyncio.timeout_at(self._sleeps_until):
                     await self._look.wait()
             except TimeoutError:
                 continue
@@ -208,6 +258,7 @@ class KeyCluster:
 class _Attempt:
     index: int
     began: float
+    had_s: float
 
 
 @dataclass(slots=True)
@@ -253,13 +304,14 @@ class _Flight:
                 if not done:
                     self._hedge(scheme, trace, ends_at=ends_at)
         finally:
-            late = loop.time() >= ends_at - _LATE_S
+            now = loop.time()
+            late = now >= ends_at - _LATE_S
             for answer, attempt in self.attempts.items():
                 if not answer.cancel():
                     answer.exception()  # looked at: the other attempt's answer came in the same turn of the loop
                 self.cluster.balancer.given_up(attempt.index)
                 if late:
-                    self.cluster.note_silence(attempt.index)
+                    self.cluster.note_silence(attempt.index, now - attempt.began)
 
     def _begin(self, index: int, scheme: int, trace: bytes, *, ends_at: float, hedge: bool = False) -> None:
         """Asks one replica; what its stream refuses at once counts as its answer."""
@@ -273,7 +325,7 @@ class _Flight:
         except KeyreeveError as error:
             answer = asyncio.get_running_loop().create_future()
             answer.set_exception(error)
-        self.attempts[answer] = _Attempt(index, now)
+        self.attempts[answer] = _Attempt(index, now, ends_at - now)
         if hedge:
             self.hedge_at = None
         else:
@@ -291,10 +343,10 @@ class _Flight:
             self.cluster.balancer.given_up(attempt.index)
             raise error
         if isinstance(error, StreamLost) or error.code in _FAULTS:
-            self.cluster.note_failure(attempt.index, scheme, error)
+            self.cluster.note_failure(attempt.index, scheme, error, had_s=attempt.had_s)
             self.error = error
             return None
-        self.cluster.note_answer(attempt.index, scheme, None)
+        self.cluster.note_refusal(attempt.index, scheme, error)
         raise error
 
     def _hedge(self, scheme: int, trace: bytes, *, ends_at: float) -> None:
@@ -311,7 +363,8 @@ class _Flight:
         if error.retry_after is not None:
             pause_s = max(pause_s, error.retry_after.total_seconds())
         shed_again = error.code is ErrorCode.OVERLOADED and self.rounds >= _MAX_SHED_ROUNDS
-        if len(self.cluster.servers) == 1 or shed_again or not self.hopeful or now + pause_s >= ends_at:
+        no_use = shed_again or not isinstance(error, Unavailable) or error.code is ErrorCode.VAULT_ACCESS_DENIED
+        if len(self.cluster.servers) == 1 or no_use or not self.hopeful or now + pause_s >= ends_at:
             raise error
         self.rounds += 1
         self.tried.clear()

@@ -76,6 +76,23 @@ def test_a_lost_replica_is_out_until_a_probe_succeeds() -> None:
     assert balance.replicas[0].state is State.READY
 
 
+def test_one_that_breaks_right_after_each_probe_is_probed_less_and_less() -> None:
+    balance = balancer()
+    now, pauses = 0.0, []
+    for _ in range(6):
+        lose(balance, 0, now)
+        due = balance.next_probe()
+        assert due is not None
+        pauses.append(due - now)
+        assert balance.probes(due) == [0]
+        balance.probed(0, due, healthy=True)
+        now = due
+    assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 2.0])
+    serve(balance, 0, 0.001, now=now)
+    lose(balance, 0, now)
+    assert balance.next_probe() == pytest.approx(now + 0.1)
+
+
 def test_the_last_one_is_never_ejected_and_one_that_is_out_is_better_than_none() -> None:
     balance = balancer()
     lose(balance, 0)

@@ -16,13 +16,19 @@ from keyreeve_client.channel import SvidFiles
 from keyreeve_client.sign_client import StreamLost
 from keyreeve_common.errors import (
     DeadlineExceeded,
+    ErrorCode,
+    Internal,
     InvalidRequest,
     KeyNotFound,
     KeyreeveError,
+    KeySelfTestFailed,
     Overloaded,
     RateLimited,
+    SealedRecordInvalid,
+    TokenPinIncorrect,
     TokenUnavailable,
     Unavailable,
+    VaultAccessDenied,
 )
 from keyreeve_common.identity import SpiffeId
 from keyreeve_common.key_id import KeyId
@@ -125,8 +131,111 @@ async def test_what_one_replica_cannot_another_does(pair: Rig, error: KeyreeveEr
     pair.replicas[0].error, pair.replicas[0].healthy = error, False  # no probe takes it back meanwhile
     assert await pair.sign() == b"two"
     assert pair.replicas[0].traces == pair.replicas[1].traces  # one request, one id
-    shed = isinstance(error, Overloaded)
-    assert (pair.cluster.servers[0].last_error is None) == shed  # one that sheds load is not lost
+    whole = error.code is ErrorCode.UNAVAILABLE
+    assert (
+        pair.cluster.servers[0].last_error is not None
+    ) == whole  # one that cannot do one class of requests is not lost
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        VaultAccessDenied("policy"),
+        TokenPinIncorrect("PIN"),
+        KeySelfTestFailed("another key"),
+        SealedRecordInvalid("another key-encryption key"),
+        Internal("the token gave a signature that does not verify"),
+    ],
+    ids=lambda error: error.code.value,
+)
+async def test_a_fault_of_one_replica_alone_is_asked_elsewhere_and_not_waited_for(
+    pair: Rig, error: KeyreeveError
+) -> None:
+    assert await pair.sign() == b"one"
+    pair.replicas[0].error = error
+    assert await pair.sign() in {b"one", b"two"}
+    assert await pair.sign() == b"two"
+    pair.replicas[1].error = error
+    asked = sum(replica.asked for replica in pair.replicas)
+    with pytest.raises(type(error)):
+        await pair.sign()
+    assert sum(replica.asked for replica in pair.replicas) == asked + 2  # each once, whatever time there was
+
+
+async def test_a_token_that_is_away_beside_keys_that_are_there_fills_no_log(
+    pair: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="keyreeve")
+    for _ in range(300):
+        pair.replicas[0].error = pair.replicas[1].error = TokenUnavailable(
+            "token away", retry_after=timedelta(seconds=60)
+        )
+        with pytest.raises(TokenUnavailable):
+            await pair.sign()
+        pair.replicas[0].error = pair.replicas[1].error = None
+        await pair.sign()
+    lines = caplog.messages
+    assert not [line for line in lines if "key_server_lost" in line or "key_server_back" in line]
+    assert len([line for line in lines if "key_server_fault" in line]) == 2  # one for each replica
+    assert all(server.last_error is None for server in pair.cluster.servers)
+
+
+async def test_a_replica_that_fails_and_serves_by_turns_fills_no_log(
+    alone: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="keyreeve")
+    for _ in range(300):
+        alone.replicas[0].error = Unavailable("signer ended")
+        with pytest.raises(Unavailable):
+            await alone.sign()
+        alone.replicas[0].error = None
+        await alone.sign()
+    lines = caplog.messages
+    assert len([line for line in lines if "key_server_lost" in line]) == 1
+    assert len([line for line in lines if "key_server_back" in line]) == 1
+
+
+async def test_requests_in_a_hurry_say_nothing_of_a_replica(pair: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    for replica in pair.replicas:
+        replica.hangs = True
+    with pytest.raises(DeadlineExceeded):
+        await pair.sign(deadline_ms=1)
+    for replica in pair.replicas:
+        replica.hangs, replica.error = False, Overloaded("full", retry_after=timedelta(seconds=5))
+    with pytest.raises(Overloaded):
+        await pair.sign(deadline_ms=90)
+    assert all(server.last_error is None for server in pair.cluster.servers)
+    assert pair.cluster.balancer.hedge_after(0, 0x0403, asyncio.get_running_loop().time(), remaining_s=5) is not None
+    assert all(lane.held_until == 0 for server in pair.cluster.servers for lane in server.replica.lanes.values())
+    assert "key_server_lost" not in caplog.messages
+
+
+async def test_a_replica_that_refuses_all_is_not_the_one_that_is_asked(pair: Rig) -> None:
+    pair.replicas[0].error = KeyNotFound()
+    refused = 0
+    for _ in range(100):
+        try:
+            await pair.sign()
+        except KeyNotFound:
+            refused += 1
+    assert refused <= 10  # one, and another each time that it is tried again
+
+
+async def test_one_that_hangs_while_the_other_is_out_for_being_slow_is_left(tmp_path: Path) -> None:
+    rig = make(tmp_path, b"one", b"two", silence_s=0.05, hedge_share=0.0)
+    balance = rig.cluster.balancer
+    now = asyncio.get_running_loop().time()
+    for index, took_s in ((1, 0.001), (0, 5.0)):
+        for _ in range(16):
+            balance.began(index, 0x0403, now)
+            balance.answered(index, 0x0403, now, took_s)
+    assert rig.states == [State.EJECTED, State.READY]
+    balance.replicas[0].probe_at = now + 3600
+    assert await rig.sign() == b"two"  # and the watcher has nothing to do until the slow one is due
+    await asyncio.sleep(0)
+    rig.replicas[1].hangs, rig.replicas[1].healthy = True, False
+    assert await rig.sign() == b"one"
+    await rig.cluster.close()
 
 
 @pytest.mark.parametrize("error", [KeyNotFound(), RateLimited("rate"), InvalidRequest("form")], ids=repr)
