@@ -9,12 +9,14 @@ Spec: docs/protocol/audit-log.md; docs/protocol/signer-frames.md `record`.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
+from itertools import islice
 from time import monotonic
 from typing import Any
 
@@ -30,6 +32,7 @@ from keyreeve_keyserver.frontend.signer_link import SignerLink
 MAX_WAITING = 16_384
 MAX_REFUSALS_PER_S = 64  # of one caller and code, each in a record of its own; more are counted
 _BATCH = 256
+_BATCH_BYTES = 524_288  # half of what a control frame holds, as JSON
 _TIMEOUT_S = 10.0
 _RETRY_S = 0.5
 _LATE_S = 1.0
@@ -59,6 +62,7 @@ class AuditTrail:
         self._any = asyncio.Event()
         self._sending = asyncio.Lock()
         self._failing = False
+        self._singly = 0  # so many are sent one by one, since the signer refused them together
 
     async def require(self, event: Event | str, **fields: Any) -> None:
         """Raises: AuditUnavailable, Unavailable: then what was to be recorded is not to be done."""
@@ -163,11 +167,14 @@ class AuditTrail:
         if link is None or not self._waiting:
             self._any.clear()
             return True
-        batch = [self._waiting[at] for at in range(min(_BATCH, len(self._waiting)))]
+        batch = self._next_batch()
         try:
             if link.capabilities.get("audit"):
                 await link.control("record", timeout=_TIMEOUT_S, events=[_dated(noted) for noted in batch])
-        except InvalidRequest as error:  # a fault of ours: it is not to hold up the others
+        except InvalidRequest as error:  # a fault of ours: it is neither to hold up the others nor to take them along
+            if len(batch) > 1:
+                self._singly = len(batch)
+                return True
             log_error("audit_events_refused", detail=error.detail, count=len(batch))
         except KeyreeveError as error:
             if not self._failing:
@@ -177,10 +184,21 @@ class AuditTrail:
         self._failing = False
         for _ in batch:
             self._waiting.popleft()
+        self._singly = max(self._singly - len(batch), 0)
         if self._dropped:
             count, self._dropped = self._dropped, 0
             self.note(Event.RECORDS_DROPPED, count=count)
         return True
+
+    def _next_batch(self) -> list[_Noted]:
+        batch: list[_Noted] = []
+        size = 0
+        for noted in islice(self._waiting, 1 if self._singly else _BATCH):
+            size += len(json.dumps(noted.event))
+            if batch and size > _BATCH_BYTES:
+                break
+            batch.append(noted)
+        return batch
 
     def _begin_window(self) -> None:
         if monotonic() - self._window >= 1.0:

@@ -17,6 +17,7 @@ from keyreeve_common.errors import (
 )
 from keyreeve_common.transparency.records import Event
 from keyreeve_keyserver.audit.events import front_end_records
+from keyreeve_keyserver.frames import Control
 from keyreeve_keyserver.frontend import audit_trail
 from keyreeve_keyserver.frontend.audit_trail import MAX_REFUSALS_PER_S, AuditTrail
 from keyreeve_keyserver.frontend.signer_link import SignerLink
@@ -215,3 +216,32 @@ async def test_last_flush_sends_nothing_twice(trail: AuditTrail, link: FakeLink)
     await flushing
     running.cancel()
     assert [event["event"] for event in link.events] == ["grant_revoked"]
+
+
+async def test_flood_of_long_made_up_key_ids_takes_no_other_record_with_it(
+    trail: AuditTrail, link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backslash is two bytes in JSON: 256 of the longest details pass the bound of a control frame."""
+    monkeypatch.setattr(audit_trail, "MAX_REFUSALS_PER_S", 1000)
+    take = link.control
+
+    async def framed(operation: str, *, timeout: float, events: list[dict[str, Any]]) -> dict[str, Any]:
+        Control(1, operation, {"events": events}).to_bytes()
+        return await take(operation, timeout=timeout, events=events)
+
+    monkeypatch.setattr(link, "control", framed)
+    for _ in range(300):
+        refuse(trail, key_id="\\" * 70_000)
+    trail.note(Event.GRANT_REVOKED, caller=CALLER, holder=CALLER)
+    await trail.flush(within_s=10)
+    assert len(link.events) == 301
+    assert link.events[-1]["event"] == "grant_revoked"
+
+
+async def test_event_that_the_signer_refuses_is_the_only_one_that_is_lost(trail: AuditTrail, link: FakeLink) -> None:
+    for number in range(5):
+        trail.note(Event.KEY_DISABLED, key_id=f"k-{number}")
+    trail.note(Event.SIGNATURE, caller=CALLER)  # the signer's own
+    trail.note(Event.GRANT_REVOKED, caller=CALLER)
+    await trail.flush(within_s=5)
+    assert [event["event"] for event in link.events] == ["key_disabled"] * 5 + ["grant_revoked"]
