@@ -506,6 +506,33 @@ def test_key_that_waits_is_a_disabled_one_to_the_release_before(catalog: Catalog
     engine.dispose()
 
 
+@pytest.mark.parametrize("then", ["faulty", "retired", "disabled"])
+def test_key_that_an_earlier_release_enabled_again_is_not_destroyed_when_it_is_disabled_later(
+    catalog: Catalog, url: URL, then: str
+) -> None:
+    """The earlier release knows nothing of `destroy_at` and leaves it: by then its time has long passed."""
+    key_id = disabled_key(catalog)
+    catalog.schedule_destruction(key_id, at=NOW + HOUR, permit=b"p")
+    _by_earlier_release(url, "UPDATE keyreeve_keys SET state = 'enabled'")
+    assert catalog.set_retirement(key_id, at=NOW) is not None
+    if then == "faulty":
+        assert catalog.disable_faulty(key_id, reason="r") is not None
+    elif then == "retired":
+        assert len(catalog.retire_due(now=NOW + HOUR)) == 1
+    else:
+        assert catalog.begin_destructions(now=NOW) == []
+        _by_earlier_release(url, "UPDATE keyreeve_keys SET state = 'disabled'")
+    assert catalog.begin_destructions(now=NOW + 9 * HOUR) == []
+    assert catalog.key(key_id).state is KeyState.DISABLED
+
+
+def _by_earlier_release(url: URL, statement: str) -> None:
+    engine = create_engine(url.set(drivername="postgresql+psycopg") if url.drivername.startswith("postgres") else url)
+    with engine.begin() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
+
+
 def test_time_is_the_databases_own_where_it_has_a_clock(catalog: Catalog, url: URL) -> None:
     told = catalog.database_time(NOW)
     if url.drivername.startswith("sqlite"):

@@ -25,6 +25,9 @@ from keyreeve_keyserver.domain.keys import KeyState
 _COLUMNS = [column for column in keys.columns if column.name not in ("sealed_record", "destruction_permit")]
 _POSTGRESQL_NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 IS_PENDING = and_(keys.c.state == KeyState.DISABLED.value, keys.c.destroy_at.is_not(None))
+# By a replica of a release that knows of no destruction to come: whoever did that wanted the key.
+_ENABLED_AGAIN = and_(keys.c.state == KeyState.ENABLED.value, keys.c.destroy_at.is_not(None))
+_NO_DESTRUCTION: dict[str, Any] = {"destroy_at": None, "destruction_permit": None}
 _ATTESTATION_KEY = "attestation_key"
 RETIRED = "retired: its last certificate has ended"
 
@@ -53,7 +56,7 @@ class KeyLifeRows:
             row = connection.execute(
                 update(keys)
                 .where(keys.c.key_id == key_id, keys.c.state == KeyState.ENABLED.value)
-                .values(state=KeyState.DISABLED.value, state_reason=reason, seq=seq)
+                .values(state=KeyState.DISABLED.value, state_reason=reason, **_NO_DESTRUCTION, seq=seq)
                 .returning(*_COLUMNS)
             ).one_or_none()
         return None if row is None else key_entry(row)
@@ -91,9 +94,10 @@ class KeyLifeRows:
         """Calls destroyed what is due: from here on there is no way back. Each key is given to one replica."""
         due = and_(IS_PENDING, keys.c.destroy_at <= time_to_number(now))
         with self._read() as connection:
-            if connection.execute(select(keys.c.key_id).where(due).limit(1)).first() is None:
+            if connection.execute(select(keys.c.key_id).where(or_(due, _ENABLED_AGAIN)).limit(1)).first() is None:
                 return []  # a write would have every replica look for changes
         with self._write() as (connection, seq):
+            connection.execute(update(keys).where(_ENABLED_AGAIN).values(**_NO_DESTRUCTION, seq=seq))
             begun = update(keys).where(due).values(state=KeyState.DESTROYED.value, seq=seq).returning(*_COLUMNS)
             return [key_entry(row) for row in connection.execute(begun)]
 
@@ -164,7 +168,7 @@ class KeyLifeRows:
             if connection.execute(select(keys.c.key_id).where(due).limit(1)).first() is None:
                 return []
         with self._write() as (connection, seq):
-            values = {"state": KeyState.DISABLED.value, "state_reason": RETIRED, "seq": seq}
+            values = {"state": KeyState.DISABLED.value, "state_reason": RETIRED, **_NO_DESTRUCTION, "seq": seq}
             return [
                 key_entry(row)
                 for row in connection.execute(update(keys).where(due).values(values).returning(*_COLUMNS))

@@ -119,7 +119,6 @@ class KeyLifeService:
         done = await self._threads.run(catalog.schedule_destruction, entry.key_id, at=at, permit=permit)
         if done is None:  # another administrator was first
             return await self._threads.run(catalog.key, entry.key_id)
-        self._engine.trail.note("key_destruction_scheduled", caller=caller, key_id=entry.key_id, at=at.isoformat())
         log("key_destruction_scheduled", caller=caller, key_id=entry.key_id, destroy_at=at.isoformat())
         self._engine.trail.note(
             "key_destruction_scheduled", caller=caller, key_id=entry.key_id, destroy_at=at.isoformat()
@@ -183,7 +182,6 @@ class KeyLifeService:
             if entry.state is KeyState.DESTROYED:
                 raise FailedPrecondition("the key is destroyed")
             return entry
-        self._engine.trail.note("key_destruction_cancelled", caller=current_peer().name, key_id=key_id)
         log("key_destruction_cancelled", caller=current_peer().name, key_id=key_id)
         self._engine.trail.note("key_destruction_cancelled", caller=current_peer().name, key_id=key_id)
         self._access.apply_key(entry)

@@ -119,6 +119,15 @@ async def test_key_is_destroyed_when_its_time_has_come(rig: Rig) -> None:
     assert rig.catalog.sealed_record(rig.key_id) is None
 
 
+async def test_schedule_and_cancellation_are_each_on_record_once(rig: Rig) -> None:
+    noted: list[str] = []
+    rig.service._engine.trail.note = lambda event, **_: noted.append(str(event))  # type: ignore[method-assign]
+    rig.disable()
+    await rig.service.schedule_destruction(rig.key_id, after=None)
+    await rig.service.cancel_destruction(rig.key_id)
+    assert noted == ["key_destruction_scheduled", "key_destruction_cancelled"]
+
+
 async def test_second_call_shortens_and_lengthens_nothing(rig: Rig) -> None:
     rig.disable()
     first = await rig.service.schedule_destruction(rig.key_id, after=30 * DAY)
