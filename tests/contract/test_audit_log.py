@@ -222,13 +222,18 @@ async def test_records_after_the_checkpoint_are_counted_and_found(tmp_path: Path
         assert [(each.index, each.published) for each in found if isinstance(each, FoundRecord)] == [(2, False)]
 
 
+def unsealed(covered: bytes) -> bytes:
+    """What somebody writes who has the directory and not the key."""
+    return bytes(32)
+
+
 def test_changed_journal_is_found(log: Path) -> None:
     path = journal_path(log)
     content = read_groups(path.read_bytes(), int(path.name))
     content.entries[-1] = audit_record(77_777).to_bytes()
-    path.write_bytes(build_group(content.first, content.entries))
+    path.write_bytes(build_group(content.first, content.entries, unsealed))
     assert faults(verify(log)) == {Fault.JOURNAL}
-    path.write_bytes(build_group(content.first, content.entries[:-1]))
+    path.write_bytes(build_group(content.first, content.entries[:-1], unsealed))
     assert faults(verify(log)) == {Fault.JOURNAL}
 
 

@@ -36,6 +36,12 @@ _POINT = x509.IssuingDistributionPoint(
     [x509.UniformResourceIdentifier("https://a")], None, False, False, None, False, False
 )
 _ADDRESS = x509.IPAddress(ipaddress.ip_address("10.0.0.1"))
+
+
+def _seal(covered: bytes) -> bytes:
+    return bytes(32)
+
+
 SEEDS: dict[str, dict[str, bytes]] = {
     "frames": {
         "batch": frames.SignBatch(7, "spiffe://td.test/agent/a", (_ITEM,)).to_bytes()[4:],
@@ -142,7 +148,7 @@ SEEDS |= {
         "vkey": f"{_LOG}\n".encode(),
         "witness_vkey": str(_WITNESS).encode(),
         "bundle": join_entries([audit_record(1).to_bytes(), b"", b"x"]),
-        "journal": build_group(7, [b"one", b"two"]) + build_group(9, [b"three"]),
+        "journal": build_group(7, [b"one", b"two"], _seal) + build_group(9, [b"three"], _seal),
     },
 }
 

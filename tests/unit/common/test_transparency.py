@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from hashlib import sha256
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -249,18 +250,26 @@ def test_cosignature() -> None:
         verify_cosignature(dataclasses.replace(again, signatures=(dataclasses.replace(line, signature=b"x"),)), WITNESS)
 
 
+def seal(covered: bytes) -> bytes:
+    return sha256(b"key" + covered).digest()
+
+
 @given(st.lists(st.lists(st.binary(max_size=40), min_size=1, max_size=5), max_size=6), st.integers(0, 2**40), st.data())
 def test_journal_keeps_whole_groups_and_drops_a_torn_one(
     groups: list[list[bytes]], first: int, data: st.DataObject
 ) -> None:
     built, ends, index = b"", [0], first
     for group in groups:
-        built += build_group(index, group)
+        built += build_group(index, group, seal)
         index += len(group)
         ends.append(len(built))
     whole = read_groups(built, first)
     assert whole.entries == [entry for group in groups for entry in group]
     assert whole.good == len(built)
+    assert read_groups(built, first, seal).unsealed is None
+    assert read_groups(built, first, lambda covered: sha256(b"another key" + covered).digest()).unsealed == (
+        first if built else None
+    )
     cut = data.draw(st.integers(0, len(built)))
     torn = read_groups(built[:cut], first)
     kept = max(n for n, end in enumerate(ends) if end <= cut)
@@ -274,4 +283,4 @@ def test_journal_keeps_whole_groups_and_drops_a_torn_one(
 
 
 def test_journal_group_of_another_place_is_not_taken() -> None:
-    assert read_groups(build_group(7, [b"a"]), 0).entries == []
+    assert read_groups(build_group(7, [b"a"], seal), 0).entries == []

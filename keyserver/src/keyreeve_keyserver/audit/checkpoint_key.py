@@ -1,12 +1,13 @@
 """The key that signs checkpoints: Ed25519, made by the signer at the log's first start, sealed beside the log under the key-encryption key.
 
 File `checkpoint.key`: `KRAK` `nonce (12)` `box`; the box is AES-256-GCM over the 32 bytes of the private key, its associated data names the log.
-Who has the directory and not the key-encryption key can sign no checkpoint.
-Spec: docs/protocol/audit-log.md "Checkpoint key"; NIST SP 800-38D 8.2.2.
+Who has the directory and not the key-encryption key can sign no checkpoint, and seal no group of the journal: a key for that is derived from it.
+Spec: docs/protocol/audit-log.md "Checkpoint key"; NIST SP 800-38D 8.2.2; RFC 2104 (HMAC).
 """
 
 from __future__ import annotations
 
+import hmac
 import secrets
 from pathlib import Path
 from typing import Protocol
@@ -35,7 +36,12 @@ class KeyEncryption(Protocol):
 class CheckpointKey:
     def __init__(self, origin: str, key: Ed25519PrivateKey) -> None:
         self._key = key
+        self._journal_key = hmac.digest(key.private_bytes_raw(), b"keyreeve audit journal 1", "sha256")
         self.vkey = VerifierKey(origin, key.public_key().public_bytes_raw())
+
+    def seal_group(self, covered: bytes) -> bytes:
+        """The seal of a group of the journal: who cannot sign a checkpoint cannot put a record on its way into one."""
+        return hmac.digest(self._journal_key, covered, "sha256")
 
     def sign(self, size: int, root: bytes) -> bytes:
         """The checkpoint of a tree, as it is published."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,21 +20,23 @@ from keyreeve_common.transparency.journal import JournalContent, build_group, re
 FILE_MODE = 0o640
 _NAME = re.compile(r"\d{20}")
 _MAX_GROUP = 65_536  # records
+Seal = Callable[[bytes], bytes]  # of a group: see keyreeve_common.transparency.journal
 
 
 class JournalFile:
     """`first` is the index of the first record, `count` how many there are, `length` their bytes on disk."""
 
-    def __init__(self, path: Path, descriptor: int, *, first: int, count: int, length: int) -> None:
+    def __init__(self, path: Path, descriptor: int, seal: Seal, *, first: int, count: int, length: int) -> None:
         self.path = path
         self.first = first
         self.count = count
         self.length = length
         self._descriptor = descriptor
+        self._seal = seal
 
     def append(self, entries: Sequence[bytes]) -> None:
         """Adds one group. Raises: OSError, and then nothing was added."""
-        data = build_group(self.first + self.count, entries)
+        data = build_group(self.first + self.count, entries, self._seal)
         try:
             view, at = memoryview(data), self.length
             while view:
@@ -74,13 +76,13 @@ class JournalFile:
         os.close(self._descriptor)
 
 
-def create_journal(directory: Path, first: int, entries: Sequence[bytes]) -> JournalFile:
+def create_journal(directory: Path, first: int, entries: Sequence[bytes], seal: Seal) -> JournalFile:
     """A new journal that holds these records, whole and on disk; it takes the place of one of the same name. Raises: OSError."""
     path = directory / f"{first:020d}"
     draft = directory / f".{path.name}.new"
     draft.unlink(missing_ok=True)
     descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-    journal = JournalFile(path, descriptor, first=first, count=0, length=0)
+    journal = JournalFile(path, descriptor, seal, first=first, count=0, length=0)
     try:
         os.fchmod(descriptor, FILE_MODE)
         for at in range(0, len(entries), _MAX_GROUP):
@@ -101,10 +103,10 @@ def journal_paths(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
 
 
-def open_journal(directory: Path) -> tuple[JournalFile, JournalContent, bytes]:
+def open_journal(directory: Path, seal: Seal) -> tuple[JournalFile, JournalContent, bytes]:
     """The newest journal, its records, and what was torn at its end. Nothing is changed yet: `mend` does that, once the records are proved.
 
-    Raises: FailedPrecondition when there is none; OSError.
+    Raises: FailedPrecondition when there is none, or it holds a group that the signer did not write; OSError.
     """
     paths = journal_paths(directory)
     if not paths:
@@ -113,9 +115,14 @@ def open_journal(directory: Path) -> tuple[JournalFile, JournalContent, bytes]:
         )
     path = paths[-1]
     data = path.read_bytes()
-    content = read_groups(data, int(path.name))
+    content = read_groups(data, int(path.name), seal)
+    if content.unsealed is not None:
+        raise FailedPrecondition(
+            f"{path}: this signer did not write what stands there from record {content.unsealed} on: the log was changed from outside; move the"
+            " directory away as evidence, then a start begins a new log"
+        )
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    journal = JournalFile(path, descriptor, first=content.first, count=len(content.entries), length=content.good)
+    journal = JournalFile(path, descriptor, seal, first=content.first, count=len(content.entries), length=content.good)
     return journal, content, data[content.good :]
 
 

@@ -65,7 +65,7 @@ class LogFiles:
         if not (self.directory / CHECKPOINT).exists():
             self._begin(journals)
         checkpoint = self._read_checkpoint()
-        journal, content, torn = open_journal(journals)
+        journal, content, torn = open_journal(journals, self._key.seal_group)
         try:
             self._load(content, checkpoint)
             journal.mend(torn)
@@ -164,7 +164,7 @@ class LogFiles:
             raise FailedPrecondition(
                 f"{self.directory / CHECKPOINT}: is gone, and there are records; restore it, or {_NEW_LOG}"
             )
-        create_journal(journals, 0, ()).close()
+        create_journal(journals, 0, (), self._key.seal_group).close()
         replace_file(self.directory / CHECKPOINT, self._key.sign(0, EMPTY_ROOT))
 
     def _read_checkpoint(self) -> Checkpoint:
@@ -204,7 +204,8 @@ class LogFiles:
 
     def _start_journal(self) -> None:
         """A new file with the records that are in no full bundle; the old one goes."""
-        old, new = self._open_journal, create_journal(self.directory / "journal", self._base, self._entries)
+        old, directory = self._open_journal, self.directory / "journal"
+        new = create_journal(directory, self._base, self._entries, self._key.seal_group)
         self._journal, self._rewrite, self._unsynced = new, False, False
         old.close()
         if old.path != new.path:

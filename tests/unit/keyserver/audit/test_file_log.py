@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from keyreeve_common.errors import AuditUnavailable, ConfigInvalid, FailedPrecondition, TokenUnavailable
 from keyreeve_common.transparency.checkpoint import Checkpoint, verify_checkpoint
-from keyreeve_common.transparency.journal import read_groups
+from keyreeve_common.transparency.journal import build_group, read_groups
 from keyreeve_common.transparency.merkle import leaf_hash, tree_root
 from keyreeve_common.transparency.note import parse_vkey
 from keyreeve_common.transparency.records import AuditRecord, parse_record
@@ -205,8 +205,38 @@ async def test_log_of_other_records_than_its_checkpoint_is_not_gone_on_with(tmp_
     await write_audit_log(tmp_path / "one", 300)
     await write_audit_log(tmp_path / "other", 300, first=1_000)
     shutil.copy(journal_path(tmp_path / "other"), journal_path(tmp_path / "one"))
+    with pytest.raises(FailedPrecondition, match="did not write what stands there from record 0 on"):
+        await write_audit_log(tmp_path / "one", 1)
+
+
+async def test_log_that_forked_from_its_checkpoint_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Its own journal, of a copy that went another way: each group is the signer's, and the checkpoint is of others."""
+    await write_audit_log(tmp_path / "one", 3)
+    shutil.copytree(tmp_path / "one", tmp_path / "fork")
+    await write_audit_log(tmp_path / "one", 300, first=100)
+    await write_audit_log(tmp_path / "fork", 300, first=1_000)
+    shutil.copy(journal_path(tmp_path / "fork"), journal_path(tmp_path / "one"))
     with pytest.raises(FailedPrecondition, match="does not match its last signed checkpoint"):
         await write_audit_log(tmp_path / "one", 1)
+
+
+@pytest.mark.parametrize("seal", [bytes(32), None], ids=["none", "of another group"])
+async def test_record_that_somebody_wrote_into_the_journal_is_never_signed(tmp_path: Path, seal: bytes | None) -> None:
+    """Whoever has the directory adds a record behind the last checkpoint while no signer runs: with a good checksum, and no key for the seal."""
+    await write_audit_log(tmp_path, 5)
+    path = journal_path(tmp_path)
+    whole = path.read_bytes()
+    content = read_groups(whole, int(path.name))
+    seal = whole[20:52] if seal is None else seal
+    forged = audit_record(666, caller="spiffe://example.org/innocent").to_bytes()
+    path.write_bytes(whole + build_group(content.first + len(content.entries), [forged], lambda _: seal))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(FailedPrecondition, match="did not write what stands there from record 6 on"):
+        await write_audit_log(tmp_path, 1)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    path.write_bytes(whole)
+    await write_audit_log(tmp_path, 1, first=5)
+    assert numbers(published(tmp_path)[1]) == list(range(6))
 
 
 async def test_checkpoint_that_is_gone_or_forged_stops_the_start(tmp_path: Path) -> None:
