@@ -205,7 +205,12 @@ class LogFiles:
     def _start_journal(self) -> None:
         """A new file with the records that are in no full bundle; the old one goes."""
         old, directory = self._open_journal, self.directory / "journal"
-        new = create_journal(directory, self._base, self._entries, self._key.seal_group)
+        try:
+            new = create_journal(directory, self._base, self._entries, self._key.seal_group)
+        except OSError:
+            # A start reads the newest: where that stands there already, nothing may be added to the old one beside it.
+            self._rewrite = self._rewrite or journal_paths(directory)[-1:] != [old.path]
+            raise
         self._journal, self._rewrite, self._unsynced = new, False, False
         old.close()
         if old.path != new.path:

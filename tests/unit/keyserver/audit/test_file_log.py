@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 from keyreeve_common.errors import AuditUnavailable, ConfigInvalid, FailedPrecondition, TokenUnavailable
+from keyreeve_common.files import sync_directory
 from keyreeve_common.transparency.checkpoint import Checkpoint, verify_checkpoint
 from keyreeve_common.transparency.journal import build_group, read_groups
 from keyreeve_common.transparency.merkle import leaf_hash, tree_root
 from keyreeve_common.transparency.note import parse_vkey
 from keyreeve_common.transparency.records import AuditRecord, parse_record
 from keyreeve_common.transparency.tiles import ENTRIES, split_entries, split_hashes, tiles_of_level
-from keyreeve_keyserver.audit import file_log, log_files
+from keyreeve_keyserver.audit import file_log, journal_file, log_files
 from keyreeve_keyserver.audit.config import AuditConfig, FsyncPolicy
 from keyreeve_keyserver.audit.file_log import FileAuditLog
 from keyreeve_keyserver.audit.tree import GrowingTree
@@ -270,6 +271,31 @@ async def test_long_journal_is_begun_anew(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list((tmp_path / "journal").iterdir())) == 1
     await write_audit_log(tmp_path, 300, first=1_000)
     assert numbers(published(tmp_path)[1]) == list(range(1_300))
+
+
+async def test_new_journal_that_may_not_be_on_disk_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sync of its directory fails after the rename. A start would read the new one, so that nothing may go into the old one any more."""
+    monkeypatch.setattr(log_files, "MAX_JOURNAL_BYTES", 1_000)
+    broken = [True]
+
+    def failing(path: Path) -> None:
+        if broken[0] and path.name == "journal" and len(journal_file.journal_paths(path)) > 1:
+            raise OSError(errno.EIO, "no")
+        sync_directory(path)
+
+    monkeypatch.setattr(journal_file, "sync_directory", failing)
+    async with open_audit_log(tmp_path / "log", checkpoint_records=600) as log:
+        await log.append([audit_record(number) for number in range(700)])
+        async with asyncio.timeout(20):
+            while len(journal_file.journal_paths(tmp_path / "log/journal")) < 2:
+                await asyncio.sleep(0.01)
+        broken[0] = False
+        await until_appended(log, 700)
+        shutil.copytree(tmp_path / "log", tmp_path / "killed")
+    await write_audit_log(tmp_path / "killed", 0)
+    assert numbers(published(tmp_path / "killed")[1]) == list(range(701))
 
 
 async def test_two_signers_never_share_a_log(tmp_path: Path) -> None:
