@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -166,3 +168,33 @@ class TestServer:
         with pytest.raises(ConfigInvalid, match="cannot be bound"):
             MetricsServer([]).start(f"127.0.0.1:{port}")
         first.close()
+
+    def test_connections_that_say_nothing_cost_few_threads_and_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("prometheus_client", reason="the extra `telemetry` is not installed here")
+        from keyreeve_common import prometheus_export
+
+        monkeypatch.setattr(prometheus_export._Handler, "timeout", 0.5)
+        server = prometheus_export.MetricsServer([])
+        port, before = server.start("127.0.0.1:0"), threading.active_count()
+        silent = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(60)]
+        try:
+            refused = [each for each in silent[prometheus_export.MAX_CONNECTIONS :] if each.recv(1) == b""]
+            assert len(refused) == 60 - prometheus_export.MAX_CONNECTIONS
+            assert threading.active_count() - before <= prometheus_export.MAX_CONNECTIONS
+            assert all(each.recv(1) == b"" for each in silent)  # by their silence
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                assert answer.status == 200
+        finally:
+            for each in silent:
+                each.close()
+            server.close()
+
+    def test_it_listens_at_ipv6_too(self) -> None:
+        pytest.importorskip("prometheus_client", reason="the extra `telemetry` is not installed here")
+        from keyreeve_common.prometheus_export import MetricsServer
+
+        server = MetricsServer([])
+        port = server.start("[::1]:0")
+        with urllib.request.urlopen(f"http://[::1]:{port}/metrics", timeout=10) as answer:
+            assert answer.status == 200
+        server.close()
