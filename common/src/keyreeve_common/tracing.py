@@ -33,6 +33,8 @@ class Span(Protocol):
 class Tracing:
     """Tracing that is off: requests get an id and nothing is recorded."""
 
+    records = False
+
     def root(self, name: str, attributes: Attributes) -> Span:
         """The first span of a request that begins here, if it is drawn for tracing."""
         return _Unsampled(make_trace())
@@ -70,6 +72,8 @@ def open_tracing(config: TelemetryConfig, service: str) -> Tracing:
 
 
 class _OtlpTracing(Tracing):
+    records = True
+
     def __init__(self, config: TelemetryConfig, service: str) -> None:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter  # noqa: PLC0415 - an extra
         from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
