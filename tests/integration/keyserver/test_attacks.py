@@ -26,6 +26,7 @@ from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import Purpose, build_tls13_content
 from keyreeve_common.schemes import SignatureScheme
 from keyreeve_keyserver import frames
+from keyreeve_keyserver.hardening import landlock
 from keyreeve_testing.attacks import attack_as
 from keyreeve_testing.processes import command_line, descendants_of
 from keyreeve_testing.signer import SignerClient, connect_signer, running_signer, signer_command, write_signer_config
@@ -183,12 +184,22 @@ def test_code_inside_a_worker_reaches_what_its_backend_needs(tmp_path: Path, net
     acts = run_inside("worker", tmp_path, network=network)["acts"]
     refused = {name for name, act in acts.items() if act in REFUSALS}
     assert refused >= {
-        "exec", "fork", "ptrace the parent", "read the parent's memory", "process_vm_readv", "signal the parent", "mount", "chroot", "bpf",
+        "exec", "fork", "ptrace the parent", "read the parent's memory", "process_vm_readv", "mount", "chroot", "bpf",
         "keyctl", "userfaultfd", "io_uring_setup", "unshare", "open to traces again", "socket: packet",
+        "signal the parent", "signal the parent by a descriptor",
         "read the secret", "read a user's file", "list the root", "write elsewhere", "link the secret to where it may read",
     }  # fmt: skip
+    assert ("truncate the secret" in refused) is (landlock.abi() >= 3)
     sockets = {name for name in acts if name.startswith("socket") and name != "socket: packet"}
     assert sockets & refused == (set() if network else sockets)
+    assert {acts[name] for name in HARMLESS} == {"done"}
+
+
+def test_code_inside_a_worker_whose_files_are_not_confined_signals_nobody(tmp_path: Path) -> None:
+    acts = run_inside("worker", tmp_path, anywhere=True)["acts"]
+    assert acts["read the secret"] == "done"
+    for act in ("signal the parent", "signal the parent by a descriptor", "exec", "fork", "read the parent's memory"):
+        assert acts[act] in REFUSALS, act
     assert {acts[name] for name in HARMLESS} == {"done"}
 
 

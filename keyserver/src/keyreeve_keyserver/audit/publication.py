@@ -84,7 +84,11 @@ def _make_directories(path: Path, touched: set[Path]) -> None:
         path = path.parent
     for new in reversed(missing):
         new.mkdir(mode=DIRECTORY_MODE)
-        new.chmod(DIRECTORY_MODE)
+        descriptor = os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # the signer may not chmod by path
+        try:
+            os.fchmod(descriptor, DIRECTORY_MODE)
+        finally:
+            os.close(descriptor)
         touched.update((new, new.parent))
 
 

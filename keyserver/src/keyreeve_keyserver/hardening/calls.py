@@ -7,6 +7,7 @@ and writes what Landlock leaves it, talks over open sockets, begins threads. Not
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 from keyreeve_keyserver.hardening.seccomp import Argument, Call, Compare
 
@@ -16,8 +17,13 @@ _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 
 _FILES = """read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 close close_range dup dup2 dup3 pipe pipe2 lseek
 open openat openat2 creat stat fstat lstat newfstatat fstatat64 statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getdents
-getdents64 getcwd mkdir mkdirat rename renameat renameat2 link linkat unlink unlinkat rmdir chmod fchmod fchmodat truncate ftruncate
-fallocate fsync fdatasync sync_file_range syncfs flock utimensat fadvise64 copy_file_range sendfile fcntl"""
+getdents64 getcwd mkdir mkdirat rename renameat renameat2 link linkat unlink unlinkat rmdir fchmod ftruncate
+fallocate fsync fdatasync sync_file_range syncfs flock utimensat fadvise64 copy_file_range sendfile"""
+# Landlock leaves the modes of files alone, and before ABI 3 their length: these two reach a file by its path, and so any of our user.
+_BY_PATH = "chmod fchmodat truncate"
+# Whom the kernel signals for a descriptor, and by what: F_SETOWN F_SETSIG F_SETOWN_EX; FIOSETOWN SIOCSPGRP.
+_SIGNAL_FCNTLS, _SIGNAL_IOCTLS = (8, 10, 15), (0x8901, 0x8902)
+_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030)  # F_DUPFD to F_SETLKW, locks of open files, F_DUPFD_CLOEXEC
 _MEMORY = "brk munmap mremap madvise msync mlock mlock2 munlock membarrier"
 _THREADS = """futex futex_waitv set_robust_list get_robust_list rseq set_tid_address sched_yield sched_getaffinity sched_getparam
 sched_getscheduler gettid getpid getppid getpgrp getuid geteuid getgid getegid getresuid getresgid getgroups exit exit_group getcpu"""
@@ -60,6 +66,7 @@ def signer_allows() -> tuple[Call, ...]:
         Call("sendto", (Argument(4, Compare.EQ, 0),)),  # no address: to the peer of the socket alone
         Call("prlimit64", (Argument(2, Compare.EQ, 0),)),  # reads a limit, sets none
         *(Call("ioctl", (_mask(1, 0xFFFF_FFFF, request),)) for request in _IOCTLS),
+        *(Call("fcntl", (_mask(1, 0xFFFF_FFFF, command),)) for command in _FCNTLS),
         *(Call("prctl", (_mask(0, 0xFFFF_FFFF, option),)) for option in _PRCTLS),
     )
 
@@ -67,7 +74,10 @@ def signer_allows() -> tuple[Call, ...]:
 def signer_forbids() -> tuple[Call, ...]:
     """What fails with EPERM rather than ENOSYS, so that a log says what it was."""
     return (
-        *_calls(_NEW_SOCKETS, _PROCESSES, _OTHERS_MEMORY, _OTHER_PROCESSES, _KERNEL, _MOUNTS, _IDENTITY, _REST),
+        *_calls(
+            _NEW_SOCKETS, _PROCESSES, _OTHERS_MEMORY, _OTHER_PROCESSES, _KERNEL, _MOUNTS, _IDENTITY, _REST, _BY_PATH
+        ),
+        *_signals_by_descriptors(),
         Call("clone", (_mask(0, _CLONE_THREAD, 0),)),
         Call("mmap", (_mask(2, _WRITE_AND_EXEC, _WRITE_AND_EXEC),)),
         Call("mprotect", (_mask(2, _PROT_EXEC, _PROT_EXEC),)),
@@ -77,7 +87,10 @@ def signer_forbids() -> tuple[Call, ...]:
 def worker_forbids(*, sockets: bool) -> tuple[Call, ...]:
     """`sockets`: it may make outgoing connections; it never listens."""
     forbidden = [
-        *_calls(_PROCESSES, _OTHERS_MEMORY, _KERNEL, _MOUNTS, "listen"),
+        *_calls(_PROCESSES, _OTHERS_MEMORY, _KERNEL, _MOUNTS, "listen tkill rt_sigqueueinfo"),
+        # Landlock keeps signals in from ABI 6 on, and only where files are confined.
+        *(Call(name, (Argument(0, Compare.NE, os.getpid()),)) for name in ("kill", "tgkill", "rt_tgsigqueueinfo")),
+        *_signals_by_descriptors(),
         Call("clone", (_mask(0, _CLONE_THREAD, 0),)),
         Call("prctl", (_mask(0, 0xFFFF_FFFF, _PR_SET_DUMPABLE),)),
     ]
@@ -90,6 +103,11 @@ def worker_forbids(*, sockets: bool) -> tuple[Call, ...]:
         Call("socket", (below,)),
         *(Call("socket", (Argument(0, Compare.EQ, family),)) for family in between),
     )
+
+
+def _signals_by_descriptors() -> Iterator[Call]:
+    for name, requests in (("fcntl", _SIGNAL_FCNTLS), ("ioctl", _SIGNAL_IOCTLS)):
+        yield from (Call(name, (_mask(1, 0xFFFF_FFFF, request),)) for request in requests)
 
 
 def _mask(index: int, mask: int, value: int) -> Argument:

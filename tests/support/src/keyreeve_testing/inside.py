@@ -1,13 +1,15 @@
 """Code that runs inside a process of the key host, as an attacker's would: it puts on the real protections, then tries what they forbid.
 
 `python -m keyreeve_testing.inside signer|worker|nothing JSON` prints one JSON object: each act, and "done" or the name of the error. JSON has
-`write` (a directory that is allowed), and `secret` (a file that is not), and for a worker `reads`, `writes` and `network`.
+`write` (a directory that is allowed), and `secret` (a file that is not), and for a worker `reads`, `writes` and `network`, and
+`anywhere` where its files are not confined.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import functools
 import json
 import mmap
@@ -33,6 +35,7 @@ from keyreeve_keyserver.hardening.lockdown import (
 from keyreeve_keyserver.hardening.process import prctl
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_F_SETOWN = 8
 _NUMBERS = {
     "keyctl": 250,
     "bpf": 321,
@@ -97,6 +100,9 @@ def _acts(paths: dict[str, Any]) -> dict[str, Callable[[], object]]:
         "writable code": lambda: mmap.mmap(-1, 4096, prot=7).close(),
         **{name: functools.partial(_numbered, name) for name in _NUMBERS},
         "read the secret": secret.read_bytes,
+        "open the secret to others": lambda: secret.chmod(0o604),
+        "truncate the secret": lambda: os.truncate(secret, 0),
+        "signal the parent by a descriptor": lambda: fcntl.fcntl(0, _F_SETOWN, parent),
         "read a user's file": lambda: Path("/etc/shadow").read_bytes(),
         "list the root": lambda: os.listdir("/"),
         "write elsewhere": lambda: (secret.parent / "new").write_text(""),
@@ -117,7 +123,8 @@ def main() -> int:
     elif kind == "worker":
         reads = tuple(Path(each) for each in paths["reads"])
         writes = (Path(paths["write"]), *(Path(each) for each in paths["writes"]))
-        confine_worker(protections, Reach(network=paths["network"], reads=reads, writes=writes))
+        reach = Reach(network=paths["network"], reads=None if paths.get("anywhere") else reads, writes=writes)
+        confine_worker(protections, reach)
     results: dict[str, str] = {}
     for name, act in _acts(paths).items():
         try:
