@@ -26,9 +26,10 @@ from keyreeve_client.audit.search import FoundRecord, Query, Unreadable, search_
 from keyreeve_client.audit.verification import Fault, Report, verify_log
 from keyreeve_client.cli.__main__ import run
 from keyreeve_common.errors import AuditUnavailable
+from keyreeve_common.transparency.checkpoint import Checkpoint
 from keyreeve_common.transparency.journal import build_group, read_groups
 from keyreeve_common.transparency.merkle import leaf_hash
-from keyreeve_common.transparency.note import parse_vkey
+from keyreeve_common.transparency.note import ED25519, VerifierKey, parse_vkey
 from keyreeve_common.transparency.records import Mark, Source
 from keyreeve_common.transparency.tiles import (
     ENTRIES,
@@ -235,6 +236,50 @@ def test_changed_journal_is_found(log: Path) -> None:
     assert faults(verify(log)) == {Fault.JOURNAL}
     path.write_bytes(build_group(content.first, content.entries[:-1], unsealed))
     assert faults(verify(log)) == {Fault.JOURNAL}
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint", "log.vkey", "journal", "tile/0/000", "tile/entries/001", "tile/0/000.p/100"]
+)
+@pytest.mark.parametrize("put", ["pipe", "device", "directory", "loop", "huge"])
+def test_what_is_no_file_of_a_log_is_neither_waited_for_nor_read_without_end(
+    log: Path, name: str, put: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = journal_path(log) if name == "journal" else log / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if put == "pipe":
+        os.mkfifo(path)
+    elif put == "device":
+        path.symlink_to("/dev/zero")
+    elif put == "directory":
+        path.mkdir()
+    elif put == "loop":
+        path.symlink_to(path.name)
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)  # all holes
+    code, out, err = keyreeve(capsys, "audit", "verify", log)
+    assert code == 1
+    assert "FAILED" in out or err.startswith("error: ")
+    code, _, _ = keyreeve(capsys, "audit", "search", log, "--event", "none")
+    assert code in {0, 1}
+
+
+def test_checkpoint_over_more_records_than_there_can_be_is_given_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The owner of the log's key can sign that."""
+    key = Ed25519PrivateKey.generate()
+    vkey = VerifierKey("example.org/log", key.public_key().public_bytes_raw(), ED25519)
+    log = tmp_path / "log"
+    log.mkdir()
+    (log / "log.vkey").write_text(str(vkey))
+    (log / "checkpoint").write_bytes(Checkpoint(vkey.name, 2**62, bytes(32)).sign(vkey, key.sign))
+    for command in ("verify", "search"):
+        code, out, err = keyreeve(capsys, "audit", command, log)
+        assert code == 1
+        assert "given up after" in out or "not looked for" in err
 
 
 def test_search_finds_what_is_asked_for_and_nothing_else(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ Spec: docs/protocol/audit-log.md; C2SP tlog-tiles.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
@@ -19,6 +21,7 @@ from keyreeve_common.transparency.merkle import Subtree
 from keyreeve_common.transparency.note import VerifierKey, parse_vkey
 from keyreeve_common.transparency.tiles import (
     ENTRIES,
+    MAX_ENTRY_BYTES,
     TILE_HEIGHT,
     TILE_WIDTH,
     Tile,
@@ -27,7 +30,9 @@ from keyreeve_common.transparency.tiles import (
     tiled_subtree,
 )
 
-_JOURNAL = re.compile(r"\d{20}")
+_JOURNAL = re.compile(r"\d{20}", re.ASCII)
+_MAX_FILE_BYTES = TILE_WIDTH * (2 + MAX_ENTRY_BYTES)  # of the largest, a bundle of records
+_MAX_JOURNAL_BYTES = 256 * 1024 * 1024  # the signer begins a new one at 4 MiB, where it can publish
 
 
 class LogDirectory:
@@ -36,9 +41,9 @@ class LogDirectory:
         self._cached_hashes = lru_cache(maxsize=64)(self.hashes)
 
     def read(self, name: str) -> bytes:
-        """Raises: NotFound."""
+        """Raises: NotFound; InvalidRequest for what is no file of a log's size."""
         try:
-            return (self.path / name).read_bytes()
+            return _read_file(self.path / name)
         except (FileNotFoundError, NotADirectoryError):
             raise NotFound(f"{self.path / name}: is missing") from None
 
@@ -61,7 +66,7 @@ class LogDirectory:
         with suppress(FileNotFoundError, NotADirectoryError):  # they go when the tile is full
             for path in sorted(directory.iterdir()):
                 if path.name.isdecimal() and 0 < int(path.name) <= min(tile.width, TILE_WIDTH - 1):
-                    yield int(path.name), path.read_bytes()
+                    yield int(path.name), _read_or_nothing(path)
 
     def subtree(self, size: int) -> Subtree:
         """Subtrees of the tree of `size`, from its tiles. Raises, when called: NotFound, InvalidRequest."""
@@ -81,11 +86,14 @@ class LogDirectory:
         return entries[index % TILE_WIDTH]
 
     def journal(self) -> tuple[JournalContent, int] | None:
-        """The journal's records, and how many bytes behind them are no whole group; None in a copy without a journal."""
+        """The journal's records, and how many bytes behind them are no whole group; None in a copy without a journal.
+
+        Raises: InvalidRequest for what is no file of a journal's size.
+        """
         for _ in range(3):  # a running signer may put a new one in its place
             try:
                 path = max(found for found in (self.path / "journal").iterdir() if _JOURNAL.fullmatch(found.name))
-                data = path.read_bytes()
+                data = _read_file(path, _MAX_JOURNAL_BYTES)
             except (FileNotFoundError, NotADirectoryError, ValueError):
                 continue
             content = read_groups(data, int(path.name))
@@ -102,10 +110,31 @@ class LogDirectory:
         raise NotFound(f"{self.path / tile.path}: is missing")
 
 
+def _read_file(path: Path, limit: int = _MAX_FILE_BYTES) -> bytes:
+    """Whoever wrote the directory may have laid a pipe, a device or a link to either in a file's place: none is waited for or read without end.
+
+    Raises: OSError; InvalidRequest.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise InvalidRequest(f"{path}: is no regular file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise InvalidRequest(f"{path}: is longer than the {limit} bytes that it can have")
+    return data
+
+
+def _read_or_nothing(path: Path) -> bytes:
+    try:
+        return _read_file(path)
+    except InvalidRequest:
+        return b""
+
+
 def read_vkey(path: Path) -> VerifierKey:
     """Raises: NotFound, InvalidRequest."""
     try:
-        return parse_vkey(path.read_bytes().decode("ascii"))
+        return parse_vkey(_read_file(path).decode("ascii"))
     except FileNotFoundError:
         raise NotFound(f"{path}: no such file") from None
     except UnicodeDecodeError:

@@ -15,6 +15,8 @@ from keyreeve_common.transparency.tiles import ENTRIES, TILE_WIDTH, tiles_of_lev
 
 from keyreeve_client.audit.log_directory import LogDirectory
 
+MAX_GAPS = 1_000
+
 
 @dataclass(frozen=True, slots=True)
 class FoundRecord:
@@ -72,12 +74,17 @@ def search_log(log: LogDirectory, query: Query) -> Iterator[FoundRecord | Unread
 
 
 def _all_records(log: LogDirectory, size: int, journal: JournalContent | None) -> Iterator[FoundRecord | Unreadable]:
+    gaps = 0
     for bundle in tiles_of_level(ENTRIES, size):
         first = bundle.index * TILE_WIDTH
         try:
             entries = log.entries(bundle)
         except KeyreeveError as error:
             yield Unreadable(f"records {first} to {first + bundle.width - 1}: {error.detail}")
+            gaps += 1
+            if gaps >= MAX_GAPS:
+                yield Unreadable(f"records after {first + bundle.width - 1}: not looked for, since so many are missing")
+                return
             continue
         for offset, entry in enumerate(entries):
             yield _parsed(first + offset, entry, published=True)

@@ -29,6 +29,8 @@ from keyreeve_common.transparency.tiles import (
 
 from keyreeve_client.audit.log_directory import LogDirectory
 
+MAX_FINDINGS = 1_000  # whoever signs a checkpoint can sign one over more records than there are
+
 
 class Fault(StrEnum):
     CHECKPOINT = "checkpoint"
@@ -90,6 +92,12 @@ def verify_log(
     for bundle in tiles_of_level(ENTRIES, head.size):
         hashes = levels.leaves(Tile(0, bundle.index, bundle.width))
         _check_bundle(log, bundle, hashes, report, pruned_before)
+        if len(report.findings) >= MAX_FINDINGS:
+            seen = min((bundle.index + 1) * TILE_WIDTH, head.size)
+            report.notes.append(
+                f"given up after {seen} of {head.size} records: so much is wrong that the rest says no more"
+            )
+            return report
     levels.check_upper()
     if levels.whole and levels.root() != head.root:
         report.add(Fault.TREE, f"the hashes of {head.size} records do not lead to the root that the checkpoint signs")
@@ -268,7 +276,11 @@ def _check_witnesses(
 
 def _check_journal(log: LogDirectory, levels: _Levels, report: Report) -> None:
     """The journal repeats the last published records, and holds those that no checkpoint covers yet."""
-    found = log.journal()
+    try:
+        found = log.journal()
+    except KeyreeveError as error:
+        report.add(Fault.JOURNAL, error.detail)
+        return
     if found is None:
         report.notes.append("there is no journal here: records after the checkpoint are not in this copy")
         return

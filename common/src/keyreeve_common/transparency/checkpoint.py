@@ -16,6 +16,7 @@ from keyreeve_common.transparency.merkle import HASH_BYTES
 from keyreeve_common.transparency.note import COSIGNATURE_V1, Note, NoteSignature, VerifierKey, parse_note, sign_note
 
 MAX_TREE_SIZE = 2**63 - 1
+_MAX_TIMESTAMP = 253_402_300_799  # the end of year 9999
 _SIZE = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 _TIMESTAMP_BYTES, _SIGNATURE_BYTES = 8, 64
 
@@ -79,7 +80,7 @@ def verify_cosignature(note: Note, key: VerifierKey) -> int:
             raise InvalidRequest(f"the cosignature of {key.name} has the wrong length")
         timestamp = int.from_bytes(line.signature[:_TIMESTAMP_BYTES], "big")
         signature = line.signature[_TIMESTAMP_BYTES:]
-        if timestamp > MAX_TREE_SIZE or not key.verifies(signature, _cosigned(note.text, timestamp)):
+        if timestamp > _MAX_TIMESTAMP or not key.verifies(signature, _cosigned(note.text, timestamp)):
             raise InvalidRequest(f"the cosignature of {key.name} does not verify")
         times.append(timestamp)
     if not times:
