@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -106,6 +107,30 @@ def test_what_is_no_vault_is_named(tmp_path: Path, body: bytes) -> None:
     error = refusal(lambda handler: answer(handler, 200, body), tmp_path)
     assert isinstance(error, TokenUnavailable)
     assert "does not speak as Vault" in error.detail
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_answer_without_end_is_not_read_to_its_end(tmp_path: Path, compressed: bool) -> None:
+    sent = 0
+
+    def flood(handler: BaseHTTPRequestHandler) -> None:
+        nonlocal sent
+        handler.send_response(200)
+        if compressed:
+            handler.send_header("Content-Encoding", "gzip")
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        zipped = zlib.compressobj(wbits=31)
+        for _ in range(64 * 64):  # 4 GiB: more than any memory here that is not bounded
+            plain = b" " * 1_048_576
+            handler.wfile.write(zipped.compress(plain) + zipped.flush(zlib.Z_SYNC_FLUSH) if compressed else plain)
+            sent += len(plain)
+
+    patient = timedelta(seconds=20)
+    with server(flood) as (address, _), session(address, tmp_path, request_timeout=patient) as made:
+        with pytest.raises(TokenUnavailable, match="does not speak as Vault"):
+            made.get("transit/keys/x", doing="reading the key")
+    assert sent < 4096 * 1_048_576
 
 
 def test_server_that_never_answers_costs_one_request_timeout(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from keyreeve_common.vault.login import TokenKeeper
 JsonObject = dict[str, Any]
 _MIN_TIMEOUT = 0.05
 _TRIES = 2
+_MAX_ANSWER_BYTES = 4 * 1024 * 1024
+_CHUNK_BYTES = 65_536
 _LONGEST_SLEEP = 1.0  # a log-in by the other thread may have brought a lease that is due sooner
 
 
@@ -163,8 +165,30 @@ class VaultSession:
             self._ended.wait(_LONGEST_SLEEP if due is None else min(due + 0.01, _LONGEST_SLEEP))
 
 
+class _BoundedSession(requests.Session):
+    """Reads no longer answer than _MAX_ANSWER_BYTES, also when they are compressed, and none for longer than the time-out."""
+
+    def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
+        """Raises: ValueError for what is too long; Timeout."""
+        end = time.monotonic() + float(kwargs.get("timeout") or 0.0)
+        answer = super().send(request, **{**kwargs, "stream": True})
+        content = bytearray()
+        try:
+            for chunk in answer.iter_content(_CHUNK_BYTES):
+                content += chunk
+                if len(content) > _MAX_ANSWER_BYTES:
+                    raise ValueError("the answer is too long")
+                if time.monotonic() > end:
+                    raise requests.exceptions.ReadTimeout
+        except BaseException:
+            answer.close()
+            raise
+        answer._content = bytes(content)  # what `content` and `json()` read
+        return answer
+
+
 def _connection(config: VaultConfig) -> Any:
-    session = requests.Session()
+    session = _BoundedSession()
     session.trust_env = False
     session.verify = str(config.ca_file) if config.ca_file else True
     return JSONAdapter(
