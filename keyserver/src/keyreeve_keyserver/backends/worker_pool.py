@@ -74,6 +74,7 @@ class WorkerPool:
         self._policy = policy or PoolPolicy()
         self._guard = WorkerGuard(name, self._policy.breaker)
         self._settled = workers
+        self._turn = asyncio.Lock()  # to log in, while nobody knows yet whether the PIN is right
         self._jobs: deque[_Job] = deque()
         self._wakeup = asyncio.Condition()
         self._slots: list[asyncio.Task[None]] = []
@@ -216,8 +217,14 @@ class WorkerPool:
         if isinstance(self._fault, TokenPinIncorrect):
             raise self._fault
         try:
-            return await self._open()
-        except TokenPinIncorrect:
+            if self._processes:
+                return await self._open()
+            async with self._turn:
+                if isinstance(self._fault, TokenPinIncorrect):
+                    raise self._fault
+                return await self._open()
+        except TokenPinIncorrect as error:
+            self._fail(error)  # before another has its turn
             raise
         except KeyreeveError as error:
             if isinstance(error, TokenSessionsExhausted) and self._processes:
@@ -285,7 +292,7 @@ class WorkerPool:
                 await self._wake()
                 return
             except asyncio.CancelledError:
-                _refuse(job, TokenUnavailable("the signer is stopping"))
+                _refuse(job, self._again(self._fault or TokenUnavailable("the signer is stopping")))
                 raise
             if job.ticket is None:
                 self._errands[index].remove(job)
@@ -340,6 +347,11 @@ class WorkerPool:
             log_warning("backend_down", backend=self._name, error=str(error))
         self._fault = error
         self._drop_waiting(error)
+        if isinstance(error, TokenPinIncorrect):
+            # The other workers would log in with the same PIN as soon as their session is lost: at the next sign of life.
+            for slot in self._slots:
+                if slot is not asyncio.current_task():
+                    slot.cancel()
 
     def _drop_waiting(self, error: KeyreeveError) -> None:
         while self._jobs:
