@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import cast
 
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 from keyreeve_common.errors import (
@@ -49,6 +49,8 @@ from keyreeve_keyserver.domain.wrapped_key import MAX_BLOB_BYTES
 WORKER_STEP = "backend.token"  # the span of a worker's call into its token or service
 _CHUNKS = {KeyFamily.EC_P256: 16, KeyFamily.EC_P384: 16, KeyFamily.ED25519: 16, KeyFamily.RSA: 4}
 _REF_BYTES = 16
+# One wrong result beside a right one of the same message gives the key away: of RSA by its CRT, of Ed25519 since its nonce is the message's.
+_VERIFIED = (rsa.RSAPublicKey, ed25519.Ed25519PublicKey)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class _Loaded:
 class WorkerBackend:
     """`worker` says how to start its workers. Without a launcher in `start` it starts one for itself.
 
-    `ref_form` says how a key's reference is written around its random part. `verifies_all`: not RSA results alone are verified before release.
+    `ref_form` says how a key's reference is written around its random part. `verifies_all`: ECDSA results too are verified before release.
     """
 
     def __init__(
@@ -165,7 +167,7 @@ class WorkerBackend:
         if found.get("spki_der", record.spki_der.hex()) != record.spki_der.hex():
             raise SealedRecordInvalid("the key that is found under the record's reference is not the record's")
         public_key = load_der_public_key(record.spki_der)
-        verified = self._verifies_all or isinstance(public_key, rsa.RSAPublicKey)
+        verified = self._verifies_all or isinstance(public_key, _VERIFIED)
         self._loaded[record.key_id] = _Loaded(record.backend_ref, public_key if verified else None, wrapped)
 
     async def inspect(self, record: KeyRecord, secret: Secret | None) -> dict[str, str | bool]:
@@ -244,7 +246,7 @@ class WorkerBackend:
             outcomes[index] = self._verified(request, outcome)
 
     def _verified(self, request: SignRequest, outcome: SignOutcome) -> SignOutcome:
-        """RSA results are verified before release, and all of a service; a key that was forgotten meanwhile releases nothing."""
+        """RSA and Ed25519 results are verified before release, and all of a service; a key that was forgotten meanwhile releases nothing."""
         if isinstance(outcome, KeyreeveError):
             return outcome
         loaded = self._loaded_by(request)
