@@ -2,19 +2,23 @@
 
 Always true: a free thread takes from the lane that used least of its share; a lane that was idle has no claim to the time before. So the wait
 of a lane's first piece is bounded by the longest piece of any other lane, and lanes share the threads by their weights while all have work.
-One thread more than asked for serves the express lanes alone: their work waits for the processor at most, never for another lane's piece.
+One thread more than asked for serves the express lanes alone: their work waits for the processor at most, never for another lane's piece. The
+others yield the processor to it and to the event loop, so that long pieces on all cores hold up neither.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+SHARED_NICE = 5  # a third of the weight of a thread that is not nice. Spec: sched(7)
 L = TypeVar("L", bound=Hashable)
 T = TypeVar("T")
 
@@ -39,7 +43,7 @@ class LanePool(Generic[L]):
         self._clock_s = 0.0  # the share that the lane served last had used
         serve_all = (list(self._lanes.values()), self._any_work)
         self._threads = [
-            threading.Thread(target=self._serve, args=serve_all, name=f"{name}-{number}", daemon=True)
+            threading.Thread(target=self._serve_nicely, args=serve_all, name=f"{name}-{number}", daemon=True)
             for number in range(threads)
         ]
         if express:
@@ -76,6 +80,12 @@ class LanePool(Generic[L]):
             self._express_work.notify_all()
         for thread in self._threads:
             thread.join()
+
+    def _serve_nicely(self, lanes: list[_Lane], work_came: threading.Condition) -> None:
+        with suppress(OSError):  # a sandbox may forbid it: then all threads are equal
+            own = threading.get_native_id()  # on Linux each thread has a nice value of its own
+            os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + SHARED_NICE)
+        self._serve(lanes, work_came)
 
     def _serve(self, lanes: list[_Lane], work_came: threading.Condition) -> None:
         while (taken := self._take(lanes, work_came)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -9,7 +10,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import pytest
-from keyreeve_keyserver.backends.lane_pool import LanePool
+from keyreeve_keyserver.backends.lane_pool import SHARED_NICE, LanePool
 
 WAIT_S = 20
 
@@ -139,4 +140,20 @@ def test_express_work_does_not_wait_for_a_piece_under_way() -> None:
     begin.set()
     held.result(WAIT_S)
     assert waiting.result(WAIT_S) == "later"
+    lanes.close()
+
+
+def test_shared_threads_yield_the_processor_to_the_express_thread_and_the_event_loop() -> None:
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    lanes = LanePool(1, {"short": 8.0, "long": 1.0}, name="test", express=["short"])
+
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    begin = threading.Event()
+    occupied = hold(lanes, begin)  # the shared thread: so the express thread is the free one
+    assert lanes.submit("short", niceness).result(WAIT_S) == own
+    begin.set()
+    occupied.result(WAIT_S)
+    assert lanes.submit("long", niceness).result(WAIT_S) == min(own + SHARED_NICE, 19)
     lanes.close()
