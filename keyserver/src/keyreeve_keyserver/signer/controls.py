@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from weakref import WeakValueDictionary
 
 from keyreeve_common.approvals import ApprovalRequest, Operation
 from keyreeve_common.errors import (
@@ -106,6 +107,7 @@ class ControlService:
         self._audit = audit or NullAuditLog()
         self._approvals = approvals or Approvals()
         self._approving = asyncio.Lock()
+        self._turns: WeakValueDictionary[KeyId, asyncio.Lock] = WeakValueDictionary()  # see _turn
         self._fresh: dict[bytes, datetime] = {}  # by public key: when it was made here
         self._operations: dict[str, Callable[[JsonObject], Awaitable[JsonObject]]] = {
             "capabilities": self._capabilities,
@@ -265,24 +267,20 @@ class ControlService:
     async def _load_key(self, arguments: JsonObject) -> JsonObject:
         _members(arguments, required=frozenset({"record"}))
         record, secret = await self._open(_text(arguments, "record"))
-        loaded = self._keys.get(record.key_id)
-        if loaded is not None and loaded != record:
-            raise Conflict("another record of this key id is loaded: forget that first")
-        if loaded is None:
-            self._fresh.pop(record.spki_der, None)
-            try:
+        async with self._turn(record.key_id):
+            if not self._is_loaded(record):
+                self._fresh.pop(record.spki_der, None)
                 await load_tested(self._backend(record.backend), record, secret)
-            except BaseException:
-                self._keys.remove(
-                    record.key_id
-                )  # another load of it may have gone well meanwhile; the backend let it go
-                raise
-            self._keys.put(record)
+                self._keys.put(record)
         return {"key_id": record.key_id}
 
     async def _forget_key(self, arguments: JsonObject) -> JsonObject:
         _members(arguments, required=frozenset({"key_id"}))
-        self._forget(parse_key_id(_text(arguments, "key_id")))
+        """At once, and once more behind a load that is under way: no key is loaded by what came before this."""
+        key_id = parse_key_id(_text(arguments, "key_id"))
+        self._forget(key_id)
+        async with self._turn(key_id):
+            self._forget(key_id)
         return {}
 
     async def _permit_destruction(self, arguments: JsonObject) -> JsonObject:
@@ -311,9 +309,11 @@ class ControlService:
             raise ApprovalRequired("destroying this key needs approvals: keyreeve approval request destroy")
         backend = self._backend(record.backend)
         self._forget(record.key_id)
-        self._approvals.forget_key(record.key_id)
-        await self._audit.append([self._key_record(Event.KEY_DESTROY_REQUESTED, record)])
-        await backend.destroy(record)
+        async with self._turn(record.key_id):
+            self._forget(record.key_id)
+            self._approvals.forget_key(record.key_id)
+            await self._audit.append([self._key_record(Event.KEY_DESTROY_REQUESTED, record)])
+            await backend.destroy(record)
         await self._audit.append([self._key_record(Event.KEY_DESTROYED, record)])
         log("key_destroyed", key_id=record.key_id, backend=record.backend)
         return {}
@@ -336,18 +336,17 @@ class ControlService:
         record, secret = await self._open(_text(arguments, "record"))
         nonce = check_nonce(_base64(_text(arguments, "nonce"), "nonce"))
         key = await open_attestation_key(self._sealer, _base64(_text(arguments, "attestation_key"), "attestation_key"))
-        backend, loaded = self._backend(record.backend), self._keys.get(record.key_id)
-        if loaded is not None and loaded != record:
-            raise Conflict("another record of this key id is loaded: forget that first")
-        if loaded is None:
-            await load_tested(backend, record, secret)
-        else:
-            await check_signs(backend, record)
-        try:
-            attestation = await attest(backend, record, secret, nonce=nonce, now=self._now(), key=key)
-        finally:
-            if self._keys.get(record.key_id) is None:
-                backend.forget(record.key_id)
+        backend = self._backend(record.backend)
+        async with self._turn(record.key_id):
+            if self._is_loaded(record):
+                await check_signs(backend, record)
+            else:
+                await load_tested(backend, record, secret)
+            try:
+                attestation = await attest(backend, record, secret, nonce=nonce, now=self._now(), key=key)
+            finally:
+                if self._keys.get(record.key_id) is None:
+                    backend.forget(record.key_id)
         log("key_attested", key_id=record.key_id)
         return {
             "attestation": attestation.to_text(),
@@ -363,6 +362,17 @@ class ControlService:
 
     def _key_record(self, event: Event, record: KeyRecord) -> AuditRecord:
         return key_record(event, record, time_us=microseconds(self._now()))
+
+    def _turn(self, key_id: KeyId) -> asyncio.Lock:
+        """What loads a key, or lets it go, does so alone, in the order it came: table and backend say the same of it afterwards."""
+        return self._turns.setdefault(key_id, asyncio.Lock())
+
+    def _is_loaded(self, record: KeyRecord) -> bool:
+        """Raises: Conflict where another record of its key id is."""
+        loaded = self._keys.get(record.key_id)
+        if loaded is not None and loaded != record:
+            raise Conflict("another record of this key id is loaded: forget that first")
+        return loaded is not None
 
     def _forget(self, key_id: KeyId) -> None:
         record = self._keys.remove(key_id)
