@@ -221,7 +221,11 @@ class ControlService:
             role=wanted.role.value,
             backend=backend.name,
         )
-        self._fresh[record.spki_der] = self._now()
+        self._fresh[record.spki_der] = now = self._now()
+        while (
+            now - next(iter(self._fresh.values())) >= _FRESH
+        ):  # keys that other replicas load would be kept here for ever
+            del self._fresh[next(iter(self._fresh))]
         return {
             "key_id": key_id,
             "record": base64.b64encode(sealed).decode("ascii"),
@@ -320,9 +324,8 @@ class ControlService:
 
     def _is_fresh(self, record: KeyRecord) -> bool:
         """Made by this process a short while ago and never loaded, so it never signed: what a creation that failed half way leaves."""
-        now = self._now()
-        self._fresh = {spki: made for spki, made in self._fresh.items() if now - _FRESH < made <= now}
-        return record.spki_der in self._fresh
+        now, made = self._now(), self._fresh.get(record.spki_der)
+        return made is not None and now - _FRESH < made <= now
 
     async def _make_attestation_key(self, arguments: JsonObject) -> JsonObject:
         _members(arguments)

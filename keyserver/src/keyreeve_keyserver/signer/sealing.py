@@ -32,6 +32,7 @@ NOTE_MAGIC = b"KRN1"  # begins the associated data too, where a record's has its
 NONCE_BYTES = 12
 TAG_BYTES = 16
 MAX_HEADER_BYTES = 65_536
+MAX_NOTE_BYTES = 4_096  # with its magic, what a worker takes as associated data
 MAX_BOX_BYTES = 65_536
 MIN_PASSPHRASE_BYTES = 16
 _CHANGED = "record was changed, or sealed under another key-encryption key"
@@ -81,17 +82,17 @@ class Sealer:
 
     async def open_secret_note(self, sealed: bytes) -> tuple[bytes, Secret | None]:
         """Raises: SealedRecordInvalid, TokenUnavailable."""
-        note, nonce, box = _split(sealed, NOTE_MAGIC)
+        note, nonce, box = _split(sealed, NOTE_MAGIC, MAX_NOTE_BYTES)
         data = await self._key.decrypt(nonce, NOTE_MAGIC + note, box)
         return note, Secret(data) if data else None
 
 
-def _split(sealed: bytes, magic: bytes = MAGIC) -> tuple[bytes, bytes, bytes]:
+def _split(sealed: bytes, magic: bytes = MAGIC, high: int = MAX_HEADER_BYTES) -> tuple[bytes, bytes, bytes]:
     reader = Reader(sealed)
     try:
         if reader.take(len(magic), "magic") != magic:
             raise SealedRecordInvalid(f"record does not begin with {magic.decode('ascii')}")
-        header = reader.bytes32("header", low=2, high=MAX_HEADER_BYTES)
+        header = reader.bytes32("header", low=2, high=high)
         nonce = reader.take(NONCE_BYTES, "nonce")
     except MalformedFrame:
         raise SealedRecordInvalid("record is cut short") from None

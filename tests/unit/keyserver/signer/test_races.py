@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
@@ -126,3 +126,12 @@ async def test_key_that_is_destroyed_while_it_loads_is_not_loaded_afterwards() -
     gate.set()
     await asyncio.gather(loading, destroying, return_exceptions=True)
     assert isinstance(await signer.sign(), Refused)
+
+
+async def test_keys_that_are_loaded_elsewhere_are_not_kept_for_ever() -> None:
+    signer, now = Signer(), [datetime(2026, 1, 1, tzinfo=UTC)]
+    signer.controls._now = lambda: now[0]
+    for _ in range(20):
+        await signer.create()
+        now[0] += timedelta(minutes=5)
+    assert len(signer.controls._fresh) == 3

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from keyreeve_common.errors import ConfigInvalid, InvalidRequest, SealedRecordInvalid
 from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.wire import bytes32
+from keyreeve_keyserver.backends.worker_frames import Box, parse_question
 from keyreeve_keyserver.domain.keys import AuthorityKind, KeyRecord, canonical_json, parse_record_header
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.signer.sealing import KdfParameters, PassphraseKey, Sealer, load_kdf_parameters
@@ -55,6 +56,24 @@ async def test_every_bit_counts() -> None:
         changed[at] ^= 1 << (at % 8)
         with pytest.raises(SealedRecordInvalid):
             await Sealer(KEY).open(bytes(changed))
+
+
+class WorkersKey(PassphraseKey):
+    """What it is asked goes through the frames of a token's worker, which ends at one that breaks a rule."""
+
+    async def decrypt(self, nonce: bytes, associated: bytes, box: bytes) -> bytes:
+        parse_question(Box(decrypt=True, label="k", nonce=nonce, associated=associated, data=box).to_bytes()[4:])
+        return await super().decrypt(nonce, associated, box)
+
+
+@pytest.mark.parametrize("length", [0, 2, 4096, 65_530, 65_536, 65_537, 100_000])
+@pytest.mark.parametrize("box", [0, 16, 65_536, 65_537])
+async def test_no_length_of_a_foreign_record_or_note_ends_a_worker(length: int, box: int) -> None:
+    sealer = Sealer(WorkersKey(Secret(b"k" * 32)))
+    rest = bytes32(b"{" * length) + bytes(12) + bytes(box)
+    for opening in (sealer.open(b"KRV1" + rest), sealer.open_note(b"KRN1" + rest)):
+        with pytest.raises(SealedRecordInvalid):
+            await opening
 
 
 async def test_every_cut_is_refused() -> None:
