@@ -155,6 +155,10 @@ class Access:
             return True
         return key_id in self._grants.get(holder, _NO_GRANTS)
 
+    def ever_had_a_grant(self, holder: str) -> bool:
+        """As far as this replica knows; revoked and expired ones count."""
+        return holder in self._grants
+
     async def refresh(self) -> None:
         """Reads what changed. Raises: the catalog's errors."""
         async with self._reading:  # of two reads at once the older would pass for a catalog that went back

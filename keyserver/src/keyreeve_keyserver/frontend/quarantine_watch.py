@@ -1,7 +1,8 @@
 """Puts a holder in quarantine that behaves as no agent does: counts at this replica, in force here at once, kept in the catalog for all.
 
 ADR 13 says why each refusal counts or does not. Always true: key administrators are never quarantined by themselves, nor more than `max_holders`
-holders within one window: that many at once are rather a fault of ours, and stopping all nodes is what an attacker would want.
+holders with grants (and as many without) within one window: that many at once are rather a fault of ours, and stopping all nodes is what an
+attacker would want.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class QuarantineWatch:
         }
         self._conduct: dict[str, Conduct] = {}
         self._sweep_at = _SWEEP_AT
-        self._fired_ns: deque[int] = deque()
+        self._fired_ns: dict[bool, deque[int]] = {True: deque(), False: deque()}  # whether the holders ever had a grant
         self._tasks: set[asyncio.Task[None]] = set()
         self.trail = AuditTrail()
 
@@ -112,7 +113,7 @@ class QuarantineWatch:
         if (why_not := self._why_not(holder, now_ns)) is not None:
             log_error("quarantine_withheld", holder=holder, cause=cause.value, count=count, detail=why_not)
             return
-        self._fired_ns.append(now_ns)
+        self._fired_ns[self._access.ever_had_a_grant(holder)].append(now_ns)
         now = self._clock()
         quarantine = Quarantine(
             holder,
@@ -135,9 +136,11 @@ class QuarantineWatch:
             return (
                 "it is a key administrator: if it is owned, take it out of callers.key_admins, or quarantine it by hand"
             )
-        while self._fired_ns and now_ns - self._fired_ns[0] > self._window_s * _SECOND_NS:
-            self._fired_ns.popleft()
-        if len(self._fired_ns) >= self._config.max_holders:
+        # Of their own: every SVID may call, and who has several of workloads shall not spend them to spare an agent's.
+        fired_ns = self._fired_ns[self._access.ever_had_a_grant(holder)]
+        while fired_ns and now_ns - fired_ns[0] > self._window_s * _SECOND_NS:
+            fired_ns.popleft()
+        if len(fired_ns) >= self._config.max_holders:
             return (
                 "too many holders at once: look for a fault of ours, then quarantine by hand (quarantine.max_holders)"
             )

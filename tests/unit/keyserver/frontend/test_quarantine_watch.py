@@ -101,6 +101,17 @@ async def replica(catalog: Catalog) -> AsyncIterator[Replica]:
     replica.threads.close()
 
 
+async def test_strangers_use_up_no_quarantine_of_holders(replica: Replica) -> None:
+    """Whoever owns some workloads has SVIDs to spend: they may call, and have no grants."""
+    grant = Grant(KeyId("k-own"), NODE, SERVER, START)
+    replica.access.apply_grant(GrantEntry(grant, 1))
+    for stranger in NODES[1:6]:
+        replica.refuse(KeyNotFound(), times=10, holder=stranger)
+    assert [replica.is_stopped(stranger) for stranger in NODES[1:6]] == [True] * 3 + [False] * 2
+    replica.refuse(KeyNotFound(), times=10)
+    assert replica.is_stopped()
+
+
 async def test_probing_for_keys_is_stopped_everywhere_and_for_a_while(replica: Replica, catalog: Catalog) -> None:
     replica.refuse(KeyNotFound(), times=9)
     assert not replica.is_stopped()
