@@ -1,7 +1,8 @@
 """Keys' facts and grants in memory, following the catalog: what each signature is judged by.
 
-Own writes are applied at once; other processes' writes are found by the change counter. When the catalog has not been read for `max_staleness`,
-nothing is authorised any more: a revocation might have been missed.
+Own writes are applied at once; other processes' writes are found by the change counter, which says nothing of a database that was away:
+then all is read anew. When the catalog has not been read for `max_staleness`, nothing is authorised any more: a revocation might have been
+missed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import partial
 from time import monotonic
 from typing import ParamSpec, TypeVar
 
-from keyreeve_common.errors import KeyreeveError, Unavailable
+from keyreeve_common.errors import KeyreeveError, StorageBusy, Unavailable
 from keyreeve_common.grpc_edge import LOCAL
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.telemetry import log, log_exception, log_warning
@@ -70,6 +71,8 @@ class Access:
         self._read_at = 0.0
         self._woken = asyncio.Event()
         self._reading = asyncio.Lock()
+        self._lost_touch = False  # the database was away: what comes back may be another one's history
+        self._written: list[Callable[[], None]] | None = None  # own writes during a read of all
         self.generation = (
             0  # changes whenever something that was known changes: what was judged before it is judged anew
         )
@@ -125,23 +128,16 @@ class Access:
         return monotonic() - self._read_at
 
     def apply_key(self, entry: KeyEntry) -> None:
-        self._put_key(entry.facts, entry.seq)
+        self._own_write(partial(self._put_key, entry.facts, entry.seq))
 
     def apply_grant(self, entry: GrantEntry) -> None:
-        of_holder = self._grants.setdefault(entry.grant.holder, {})
-        known = of_holder.get(entry.grant.key_id)
-        if known is None or known[1] <= entry.seq:
-            of_holder[entry.grant.key_id] = (entry.grant, entry.seq)
-            self.generation += known is not None and known[0] != entry.grant
+        self._own_write(partial(self._put_grant, entry))
+
+    def apply_quarantine(self, entry: QuarantineEntry) -> None:
+        self._own_write(partial(self._put_quarantine, entry))
 
     def holders_in_quarantine(self, now: datetime) -> int:
         return sum(quarantine.holds(now) for quarantine, _ in list(self._quarantines.values()))
-
-    def apply_quarantine(self, entry: QuarantineEntry) -> None:
-        known = self._quarantines.get(entry.quarantine.holder)
-        if known is None or known[1] <= entry.seq:
-            self._quarantines[entry.quarantine.holder] = (entry.quarantine, entry.seq)
-            self.generation += 1
 
     def quarantine_here(self, quarantine: Quarantine) -> None:
         """In force at this replica at once; the next entry of the catalog replaces it."""
@@ -160,22 +156,40 @@ class Access:
         return holder in self._grants
 
     async def refresh(self) -> None:
-        """Reads what changed. Raises: the catalog's errors."""
+        """Reads what changed; all of it after the database was away or went back: a standby that took over, or a backup, counts changes anew.
+
+        Raises: the catalog's errors.
+        """
         async with self._reading:  # of two reads at once the older would pass for a catalog that went back
             began = monotonic()
-            changes = await self._threads.run(self._threads.catalog.changes_since, self._seq)
-            if changes is not None and changes.seq < self._seq:
+            try:
+                await self._read_changes()
+            except KeyreeveError as error:
+                self._lost_touch |= not isinstance(error, StorageBusy)
+                raise
+            self._read_at = began
+
+    async def _read_changes(self) -> None:
+        changes_since = self._threads.catalog.changes_since
+        changes = None if self._lost_touch else await self._threads.run(changes_since, self._seq)
+        if not self._lost_touch and (changes is None or changes.seq >= self._seq):
+            if changes is not None:
+                self._apply(changes)
+            return
+        self._written = []
+        try:
+            changes = await self._threads.run(changes_since, -1)
+            assert changes is not None  # noqa: S101 - no counter is -1
+            if changes.seq < self._seq:
                 log_warning(
                     "catalog_went_back", detail="the database was restored from a backup; all of it is read anew"
                 )
-                self._keys, self._grants, self._seq = {}, {}, 0
-                self._quarantines = {name: (known, 0) for name, (known, _) in self._quarantines.items()}
                 self._was_restored = True
-                self.generation += 1
-                changes = await self._threads.run(self._threads.catalog.changes_since, -1)
-            if changes is not None:
-                self._apply(changes)
-            self._read_at = began
+            keys, grants = await self._threads.run(_tables, changes)
+            self._replace(changes, keys, grants, self._written)
+        finally:
+            self._written = None
+        self._lost_touch = False
 
     async def follow(self, interval: timedelta) -> None:
         """Refreshes for ever, each `interval` and whenever it is woken; an outage is logged when it begins and when it ends."""
@@ -208,14 +222,53 @@ class Access:
                 await self._woken.wait()
         self._woken.clear()
 
+    def _own_write(self, write: Callable[[], None]) -> None:
+        write()
+        if self._written is not None:
+            self._written.append(write)
+
     def _apply(self, changes: Changes) -> None:
         for facts, seq in changes.keys:
             self._put_key(facts, seq)
         for entry in changes.grants:
-            self.apply_grant(entry)
+            self._put_grant(entry)
         for quarantined in changes.quarantines:
-            self.apply_quarantine(quarantined)
+            self._put_quarantine(quarantined)
         self._seq = changes.seq
+
+    def _replace(
+        self,
+        changes: Changes,
+        keys: dict[str, tuple[KeyFacts, int]],
+        grants: dict[str, dict[str, tuple[Grant, int]]],
+        written: list[Callable[[], None]],
+    ) -> None:
+        """All that is known, but for quarantines: what the catalog lost of these holds on here."""
+        known, self._keys, self._grants = self._keys, keys, grants
+        self._quarantines = {name: (quarantine, 0) for name, (quarantine, _) in self._quarantines.items()}
+        for quarantined in changes.quarantines:
+            self._put_quarantine(quarantined)
+        self._seq = changes.seq
+        self.generation += 1
+        for write in written:
+            write()
+        for key_id, (facts, _) in known.items():
+            found = self._keys.get(key_id)
+            if facts.state is KeyState.ENABLED and (found is None or found[0].state is not KeyState.ENABLED):
+                self.on_disabled(facts.key_id)
+
+    def _put_grant(self, entry: GrantEntry) -> None:
+        of_holder = self._grants.setdefault(entry.grant.holder, {})
+        known = of_holder.get(entry.grant.key_id)
+        if known is None or known[1] <= entry.seq:
+            of_holder[entry.grant.key_id] = (entry.grant, entry.seq)
+            self.generation += known is not None and known[0] != entry.grant
+
+    def _put_quarantine(self, entry: QuarantineEntry) -> None:
+        known = self._quarantines.get(entry.quarantine.holder)
+        if known is None or known[1] <= entry.seq:
+            self._quarantines[entry.quarantine.holder] = (entry.quarantine, entry.seq)
+            self.generation += 1
 
     def _put_key(self, facts: KeyFacts, seq: int) -> None:
         known = self._keys.get(facts.key_id)
@@ -225,3 +278,11 @@ class Access:
         self.generation += known is not None and known[0] != facts
         if known is not None and known[0].state is KeyState.ENABLED and facts.state is not KeyState.ENABLED:
             self.on_disabled(facts.key_id)
+
+
+def _tables(changes: Changes) -> tuple[dict[str, tuple[KeyFacts, int]], dict[str, dict[str, tuple[Grant, int]]]]:
+    """Keys and grants as Access looks them up; off the event loop, since there may be a million."""
+    grants: dict[str, dict[str, tuple[Grant, int]]] = {}
+    for entry in changes.grants:
+        grants.setdefault(entry.grant.holder, {})[entry.grant.key_id] = (entry.grant, entry.seq)
+    return {facts.key_id: (facts, seq) for facts, seq in changes.keys}, grants

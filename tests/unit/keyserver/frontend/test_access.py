@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event
@@ -101,6 +102,85 @@ async def test_a_catalog_restored_from_a_backup_is_read_anew(threads: CatalogThr
         connection.execute(text("DELETE FROM keyreeve_grants"))
         connection.execute(text("UPDATE keyreeve_changes SET counter = 1"))
     await access.refresh()
+    assert not allowed(access, key.key_id)
+
+
+def lose_last_writes(catalog: Catalog, count: int) -> None:
+    """A standby took over that had not heard of them."""
+    with catalog._engine.begin() as connection:
+        connection.execute(text("UPDATE keyreeve_changes SET counter = counter - :count"), {"count": count})
+
+
+async def fail_to_read(access: Access, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_: int) -> None:
+        raise Unavailable("the database cannot be reached")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(access._threads.catalog, "changes_since", away)
+        with pytest.raises(Unavailable):
+            await access.refresh()
+
+
+async def test_revocation_that_takes_the_number_of_a_write_lost_in_a_failover_is_seen(
+    threads: CatalogThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = Access(threads, max_staleness=timedelta(seconds=60))
+    catalog, key = threads.catalog, make_key(threads.catalog)
+    told: list[KeyId] = []
+    access.on_disabled = told.append
+    catalog.put_grant(grant(key.key_id))
+    for number in range(3):
+        catalog.put_grant(replace(grant(key.key_id), holder=f"{HOLDER}-{number}"))
+    await access.refresh()
+    lose_last_writes(catalog, 3)
+    await fail_to_read(access, monkeypatch)
+    before = access.generation
+    catalog.revoke_grant(key.key_id, HOLDER, now=NOW)
+    for number in range(5):  # so the counter does not give it away
+        catalog.put_grant(replace(grant(key.key_id), holder=f"{HOLDER}-x{number}"))
+    await access.refresh()
+    assert not allowed(access, key.key_id)
+    assert access.generation > before
+    assert told == []
+    assert not access.may_have_had(HOLDER, "k-foreign")  # nothing says that it was restored
+
+
+async def test_key_disabled_while_the_database_was_away_is_forgotten(
+    threads: CatalogThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = Access(threads, max_staleness=timedelta(seconds=60))
+    told: list[KeyId] = []
+    access.on_disabled = told.append
+    key = make_key(threads.catalog)
+    await access.refresh()
+    await fail_to_read(access, monkeypatch)
+    threads.catalog.change_state(key.key_id, to=KeyState.DISABLED, from_states=(KeyState.ENABLED,))
+    await access.refresh()
+    assert told == [key.key_id]
+
+
+async def test_own_revocation_during_a_whole_read_stays(
+    threads: CatalogThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = Access(threads, max_staleness=timedelta(seconds=60))
+    key = make_key(threads.catalog)
+    threads.catalog.put_grant(grant(key.key_id))
+    await access.refresh()
+    await fail_to_read(access, monkeypatch)
+    read, has_read, may_end = threads.catalog.changes_since, Event(), Event()
+
+    def slow(seq: int) -> object:
+        found = read(seq)
+        has_read.set()
+        may_end.wait(10)
+        return found
+
+    monkeypatch.setattr(threads.catalog, "changes_since", slow)
+    reading = asyncio.create_task(access.refresh())
+    await asyncio.to_thread(has_read.wait, 10)
+    access.apply_grant(threads.catalog.revoke_grant(key.key_id, HOLDER, now=NOW))
+    may_end.set()
+    await reading
     assert not allowed(access, key.key_id)
 
 
