@@ -127,6 +127,9 @@ def run(arguments: list[str]) -> int:
         if error.format_message():  # without one the help was shown
             _complain("usage", error.format_message())
         return EXIT_USAGE
+    except UnicodeEncodeError:
+        _complain("usage", "an argument holds bytes that are not UTF-8")
+        return EXIT_USAGE
     except OSError as error:
         _complain(ErrorCode.INTERNAL.value, f"{error.filename or 'operating system'}: {error.strerror or error}")
         return EXIT_FAILED

@@ -20,6 +20,7 @@ from keyreeve_common.v1 import ca_pb2, keyserver_pb2, types_pb2
 
 T = TypeVar("T")
 _RATE = re.compile(r"([0-9]{1,7})/([smh])", re.ASCII)
+_MAX_BURST = 2**31 - 1
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -47,7 +48,10 @@ def expiry_proto(text: str | None, *, now: datetime | None = None) -> Timestamp 
     """A time in RFC 3339 with its zone, or a duration from now."""
     if text is None:
         return None
-    when = _instant(text) or (now or datetime.now(UTC)) + duration(text)
+    try:
+        when = _instant(text) or (now or datetime.now(UTC)) + duration(text)
+    except OverflowError:
+        raise typer.BadParameter(f"{text[:64]!r} lies beyond the year 9999") from None
     message = Timestamp()
     message.FromDatetime(when)
     return message
@@ -62,6 +66,8 @@ def rate_proto(text: str | None, burst: int | None) -> keyserver_pb2.Rate | None
     match = _RATE.fullmatch(text)
     if match is None or not int(match[1]):
         raise typer.BadParameter(f"{text[:32]!r} is not a rate such as 500/s, 10/m or 1/h")
+    if burst is not None and burst > _MAX_BURST:
+        raise typer.BadParameter(f"--burst: at most {_MAX_BURST}")
     count = int(match[1])
     return keyserver_pb2.Rate(per_second=count / _SECONDS[match[2]], burst=2 * count if burst is None else burst)
 
@@ -83,7 +89,10 @@ def _instant(text: str) -> datetime | None:
         raise typer.BadParameter(f"{text[:64]!r} is not a time such as 2030-01-31T12:00:00Z") from None
     if when.tzinfo is None:
         raise typer.BadParameter(f"{text[:64]!r} has no zone: add Z for UTC")
-    return when.astimezone(UTC)
+    try:
+        return when.astimezone(UTC)
+    except OverflowError:
+        raise typer.BadParameter(f"{text[:64]!r} lies outside of the years 1 to 9999 in UTC") from None
 
 
 def selector(text: str) -> ca_pb2.Selector:

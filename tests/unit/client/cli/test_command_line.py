@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, EntryPoints
@@ -37,11 +38,18 @@ def test_asking_for_help_or_version_is_no_failure(command: list[str]) -> None:
         ["key", "show", "NOT A KEY ID"],
         ["entry", "create", "--spiffe-id", "http://x", "--parent", "spiffe://a.test/p"],
         ["token", "create", "--ttl", "soon"],
+        ["grant", "create", "--key-id", "k", "--holder", "spiffe://a.test/x", "--expires", "99999999h"],
+        ["grant", "create", "--key-id", "k", "--holder", "spiffe://a.test/x", "--expires", "9999-12-31T23:00:00-02:00"],
+        ["grant", "create", "--key-id", "k", "--holder", "spiffe://a.test/x", "--rate", "1/s", "--burst", "9999999999"],
+        ["audit", "search", ".", "--since", "0001-01-01T00:00:00+10:00"],
+        ["key", "create", "--label", "\udcff", "--key-server-socket", "SOCKET"],
         ["run", "everything"],
     ],
 )
-def test_a_wrong_command_line_is_a_usage_error_in_one_line(command: list[str], errors: Errors) -> None:
-    assert run(command) == EXIT_USAGE
+def test_a_wrong_command_line_is_a_usage_error_in_one_line(command: list[str], errors: Errors, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        assert run([str(tmp_path / "s") if word == "SOCKET" else word for word in command]) == EXIT_USAGE
     (line,) = errors()
     assert line.startswith("error: usage: ")
 

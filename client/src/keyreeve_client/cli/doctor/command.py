@@ -80,7 +80,7 @@ def _all(installation: Installation, now: datetime) -> Iterator[Finding]:
     for check in checks:
         try:
             yield from check()
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             # A doctor that stops at the first surprise is of no use: the others still have something to say.
             name = getattr(check, "func", check).__name__
             yield failed(
