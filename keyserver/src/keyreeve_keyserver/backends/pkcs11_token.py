@@ -290,6 +290,7 @@ class Token:
             self._wrapped.clear()
             with suppress(p11.PKCS11Error):
                 self._session.close()
+            self._require_same_token()
             self._session = self._log_in()
             return self._guarded(doing, work)
         except p11.PKCS11Error as error:
@@ -341,6 +342,20 @@ class Token:
                 raise StorageFull(f"the disk under SoftHSM's token directory {store} is full: make room") from None
         finally:
             probe.unlink(missing_ok=True)
+
+    def _require_same_token(self) -> None:
+        """A slot may hold another token by now, which would count our PIN as a wrong one of its own. Raises: TokenUnavailable.
+
+        One that cannot be read just now (SoftHSM, while another worker logs in) is none: the log-in says what is wrong.
+        """
+        try:
+            there = self._token.slot.get_token()
+        except (p11.PKCS11Error, UnicodeDecodeError):
+            return
+        if there.serial.strip() and (there.label, there.serial) != (self._token.label, self._token.serial):
+            raise TokenUnavailable(
+                f"another token is in the slot of {self._label!r}: put that back, or start the signer again"
+            )
 
     def _log_in(self) -> Any:
         if self._pin_refusal is not None:
