@@ -85,6 +85,28 @@ def test_ceremony_stops_at_each_authority_until_it_is_approved(
         assert local.authorities.ListAuthorities(ca_pb2.ListAuthoritiesRequest()).authorities
 
 
+def test_approval_that_does_not_hold_stops_no_creation_for_good(
+    tmp_path: Path, server: KeyServerRig, people: dict[str, Path], new_ca: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A typing error in a name, or a key administrator's junk: the front end cannot tell, it knows no approvers."""
+    rig = new_ca(tmp_path / "ca", server)
+    socket = ["--key-server-socket", str(server.admin_socket)]
+    found = re.search(r"keyreeve approval request create (authority-\S+)", rig.init(check=False)[2])
+    assert found is not None
+    capsys.readouterr()
+    assert run(["approval", "request", "create", found[1], *socket]) == 0
+    request = tmp_path / "request"
+    request.write_text(capsys.readouterr().out)
+    files, junk = approve(people, request), tmp_path / "junk"
+    junk.write_text(Path(files[1]).read_text().replace('"bob"', '"bobb"'))
+    assert run(["approval", "submit", files[0], files[1], str(junk), *socket]) == 0
+    told = rig.init(check=False)[2]
+    assert "approval_invalid" in told
+    assert "dropped: submit those that hold again" in told
+    assert run(["approval", "submit", *files, *socket]) == 0
+    assert "root" not in (again := rig.init(check=False)[2]).split("approval request create")[-1], again
+
+
 def test_key_is_destroyed_with_the_files_of_two(
     tmp_path: Path, server: KeyServerRig, people: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from keyreeve_common.errors import ConfigInvalid, Conflict, KeyNotFound
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.telemetry import log
-from sqlalchemy import URL, Connection, Engine, Table, delete, insert, inspect, select, text, update
+from sqlalchemy import URL, Connection, Engine, Table, and_, delete, insert, inspect, select, text, update
 
 from keyreeve_keyserver.catalog.database import WRITE, open_engine, storage_errors
 from keyreeve_keyserver.catalog.grants import GrantRows
@@ -38,6 +38,7 @@ from keyreeve_keyserver.catalog.records import (
 from keyreeve_keyserver.catalog.schema import (
     CREATING,
     SCHEMA_VERSION,
+    approvals,
     changes,
     grants,
     keys,
@@ -164,9 +165,12 @@ class Catalog(GrantRows, KeyLifeRows, QuarantineRows):
         return None if row is None else key_entry(row)
 
     def abandon_key(self, key_id: KeyId) -> None:
-        """Forgets an intent that the signer refused for good."""
+        """Forgets an intent that the signer refused for good, and its approvals: too many may be what was refused."""
+        intent = and_(keys.c.key_id == key_id, keys.c.state == CREATING)
         with self._write() as (connection, _):
-            connection.execute(delete(keys).where(keys.c.key_id == key_id, keys.c.state == CREATING))
+            of_intent = approvals.c.request_id.in_(select(keys.c.request_id).where(intent))
+            connection.execute(delete(approvals).where(of_intent))
+            connection.execute(delete(keys).where(intent))
 
     def rename_intent(self, key_id: KeyId) -> KeyEntry | None:
         """A fresh key id for an intent whose first one the backend holds already, from a creation that was cut off. None: completed."""

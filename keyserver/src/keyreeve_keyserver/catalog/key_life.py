@@ -150,6 +150,11 @@ class KeyLifeRows:
             query = select(approvals.c.approval).where(approvals.c.request_id == request_id)
             return list(connection.execute(query.order_by(approvals.c.approver)).scalars())
 
+    def drop_approvals(self, request_id: str) -> None:
+        """Forgets what is kept for this creation."""
+        with self._write() as (connection, _):
+            connection.execute(delete(approvals).where(approvals.c.request_id == request_id))
+
     def set_retirement(self, key_id: KeyId, *, at: datetime) -> KeyEntry | None:
         """When an enabled key is disabled by itself; a later call moves it. None: it is not enabled."""
         with self._write() as (connection, seq):

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from keyreeve_common.errors import (
+    ApprovalInvalid,
     ApprovalRequired,
     Conflict,
     FailedPrecondition,
@@ -226,6 +227,11 @@ class KeyAdminServicer(keyserver_pb2_grpc.KeyAdminServicer):
             return await self._create_renamed(entry, request_id)
         except ApprovalRequired as error:
             raise ApprovalRequired(f"{error.detail}; run: keyreeve approval request create {request_id}") from None
+        except ApprovalInvalid as error:  # one that does not hold would stop this creation for ever
+            await self._threads.run(self._catalog.drop_approvals, request_id)
+            raise ApprovalInvalid(
+                f"{error.detail}; what was kept for {request_id} is dropped: submit those that hold again"
+            ) from None
         except (InvalidRequest, FailedPrecondition) as error:
             if not isinstance(error, TokenPinIncorrect):
                 await self._threads.run(self._catalog.abandon_key, entry.key_id)
