@@ -19,6 +19,7 @@ from keyreeve_keyserver.signer.service import SigningService
 # What one connection may have under way. The front end bounds each class of keys, so that one that hangs does not fill these places; the bounds
 # here are for a front end that does not keep to that.
 MAX_IN_FLIGHT = 8_192
+MAX_ITEMS_IN_FLIGHT = 131_072  # each takes about 4 kB until it is answered, however short it is
 MAX_BYTES_IN_FLIGHT = 536_870_912
 _READ_BYTES = 1_048_576
 _CLOSE_SECONDS = 5
@@ -92,7 +93,7 @@ class _Connection:
         self._reader = reader
         self._writer = writer
         self._splitter = frames.splitter()
-        self._frames = self._bytes = 0  # under way
+        self._frames = self._items = self._bytes = 0  # under way
         self._freed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -122,17 +123,23 @@ class _Connection:
     async def _begin(self, frame: bytes) -> None:
         """Begins the work of one frame; waits while too many are under way, which holds the peer back."""
         request = frames.parse_request_frame(frame)
-        while self._frames and (self._frames >= MAX_IN_FLIGHT or self._bytes + len(frame) > MAX_BYTES_IN_FLIGHT):
+        items = len(request.items) if isinstance(request, frames.SignBatch) else 1
+        while self._frames and (
+            self._frames >= MAX_IN_FLIGHT
+            or self._items + items > MAX_ITEMS_IN_FLIGHT
+            or self._bytes + len(frame) > MAX_BYTES_IN_FLIGHT
+        ):
             self._freed.clear()
             await self._freed.wait()
         self._frames += 1
+        self._items += items
         self._bytes += len(frame)
         work = self._sign(request) if isinstance(request, frames.SignBatch) else self._control(request)
-        task = asyncio.create_task(self._guard(work, len(frame)))
+        task = asyncio.create_task(self._guard(work, items, len(frame)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guard(self, work: Coroutine[None, None, None], size: int) -> None:
+    async def _guard(self, work: Coroutine[None, None, None], items: int, size: int) -> None:
         try:
             await work
         except OSError:
@@ -141,6 +148,7 @@ class _Connection:
             log_exception("frame_failed")
         finally:
             self._frames -= 1
+            self._items -= items
             self._bytes -= size
             self._freed.set()
 
