@@ -1,4 +1,5 @@
-"""Which variables of the environment a child gets: an allow-list for each kind. What a loader or an interpreter would obey is in none."""
+"""Which variables of the environment a child gets: an allow-list for each kind. What a loader would obey is in none; of
+what an interpreter obeys there is PYTHONPATH, which our own parent was started with."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Protections:
 
     def require(self, required: Iterable[Protection]) -> None:
         """Raises: ConfigInvalid."""
-        missing = [f"{name.value} ({self.off[name]})" for name in required if name in self.off]
+        missing = [f"{name.value} ({self.off.get(name, 'never put on')})" for name in required if name not in self.on]
         if missing:
             raise ConfigInvalid(f"hardening.required: not to be had here: {'; '.join(missing)}")
 

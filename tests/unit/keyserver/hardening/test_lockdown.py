@@ -68,6 +68,11 @@ def test_what_is_required_and_off_is_a_fault_of_the_configuration() -> None:
         protections.require([Protection.CALLS, Protection.MEMORY_LOCKED])
 
 
+def test_what_is_required_and_was_never_put_on_is_missing() -> None:
+    with pytest.raises(ConfigInvalid, match="files \\(never put on\\)"):
+        Protections().require([Protection.FILES])
+
+
 def test_a_bug_is_no_missing_protection() -> None:
     def bug() -> None:
         raise TypeError
