@@ -74,8 +74,10 @@ class TokenKeeper:
         """
         with self._lock:
             lease = self._lease
-            if lease is None or lease.is_over(self._clock()) or self._file_changed(lease):
+            if lease is None or lease.is_over(self._clock()):
                 return self._log_in().token
+            if self._file_changed(lease):
+                lease = self._taken_up(lease)
             if lease.is_due(self._clock()):
                 lease = self._renewed(lease)
             return lease.token
@@ -94,6 +96,15 @@ class TokenKeeper:
             if self._lease is None or self._lease.renew_at is None:
                 return None
             return max(self._lease.renew_at - self._clock(), 0.0)
+
+    def _taken_up(self, lease: Lease) -> Lease:
+        """With what the file holds now; while that cannot be read or is not accepted (half written, empty), the lease that still lasts."""
+        try:
+            return self._log_in()
+        except KeyreeveError as error:
+            if error is self._failure:  # else it is the pause after it that speaks
+                log_warning("vault_token_not_renewed", code=error.code.value, detail=error.detail)
+            return lease
 
     def _renewed(self, lease: Lease) -> Lease:
         """The same token with a longer lease, or a new token; the old one as it is where neither can be had and it still lasts."""

@@ -132,6 +132,34 @@ def test_fresh_secret_is_tried_at_once(tmp_path: Path) -> None:
     assert vault.is_good(keeper.token())
 
 
+@pytest.mark.parametrize("content", ["", "word " * 2000, "half-of-a-tok"], ids=["empty", "long", "not accepted"])
+def test_token_file_that_is_of_no_use_does_not_end_the_token_before_it(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "token"
+    file.touch(mode=0o600)
+    file.write_text("first\n")
+    asked: list[str] = []
+
+    def look_up(method: str, path: str, *, token: str, body: dict[str, Any] | None, doing: str) -> Any:
+        asked.append(token)
+        if token not in {"first", "second"}:
+            raise VaultAccessDenied("no such token")
+        return {"data": {"ttl": 600, "expire_time": "then", "renewable": False}}
+
+    now = 1000.0
+    config = VaultConfig(address="https://vault.test", login=VaultLogin.TOKEN, token_file=file)
+    keeper = TokenKeeper(config, look_up, clock=lambda: now)
+    assert keeper.token() == "first"
+    file.write_text(content)
+    assert [keeper.token() for _ in range(5)] == ["first"] * 5
+    assert len(asked) <= 2  # no storm either
+    file.write_text("second\n")
+    assert keeper.token() == "second"
+    file.write_text(content)
+    now += 601
+    with pytest.raises(VaultAccessDenied):
+        keeper.token()
+
+
 def test_token_that_was_refused_is_replaced_once_for_all_who_had_it(tmp_path: Path) -> None:
     vault = Vault()
     keeper = keeper_of(vault, tmp_path)
