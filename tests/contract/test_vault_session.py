@@ -102,11 +102,12 @@ def test_token_is_not_carried_to_where_a_redirect_points(tmp_path: Path) -> None
     assert seen == []
 
 
-@pytest.mark.parametrize("body", [b"<html>sign in</html>", b"[1, 2]", b"\xff\xfe", b"{"])
+@pytest.mark.parametrize("body", [b"<html>sign in</html>", b"[1, 2]", b"\xff\xfe", b"{", b"[" * 100_000])
 def test_what_is_no_vault_is_named(tmp_path: Path, body: bytes) -> None:
     error = refusal(lambda handler: answer(handler, 200, body), tmp_path)
     assert isinstance(error, TokenUnavailable)
     assert "does not speak as Vault" in error.detail
+    assert isinstance(refusal(lambda handler: answer(handler, 503, body), tmp_path), TokenUnavailable)
 
 
 @pytest.mark.parametrize("compressed", [False, True])

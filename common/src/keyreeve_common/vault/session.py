@@ -146,7 +146,7 @@ class VaultSession:
                 break
             except (requests.exceptions.RequestException, OSError):
                 failure = unreachable(doing)
-            except ValueError:
+            except (ValueError, RecursionError):
                 failure = misread(doing)
                 break
             finally:
@@ -236,7 +236,7 @@ def _errors_of(answer: Any) -> tuple[str, JsonObject | None]:
     """The error texts; and the results of a batch whose items failed in part, where a server answers that with 400."""
     try:
         content = answer.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return "", None
     if not isinstance(content, dict):
         return "", None
