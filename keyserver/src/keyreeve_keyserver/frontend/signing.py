@@ -23,7 +23,7 @@ from keyreeve_common.errors import (
 from keyreeve_common.grpc_edge import Peer, current_peer, error_to_proto
 from keyreeve_common.key_id import parse_key_id
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES, Purpose
-from keyreeve_common.telemetry import log, log_exception, log_warning
+from keyreeve_common.telemetry import log, log_exception
 from keyreeve_common.trace import checked_trace
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 
@@ -33,10 +33,10 @@ from keyreeve_keyserver.frontend.access import Access
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.quarantine_watch import QuarantineWatch
 from keyreeve_keyserver.frontend.rates import RateLimiter
+from keyreeve_keyserver.frontend.refusal_log import RefusalLog
 from keyreeve_keyserver.frontend.release import ReleaseGate
 
 _MAX_SCHEME = 0xFFFF
-_MAX_REFUSAL_LINES = 16
 _ITEMS_PER_BATCH = 64
 # A provider declares no purpose for what it does not recognise.
 _NO_PURPOSE = (
@@ -64,6 +64,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         self.gate = ReleaseGate(access, clock, engine.trail)
         self._watch = watch
         self._rates = RateLimiter(limits.rates)
+        self._refusal_log = RefusalLog()
         self._bound_ms = int(limits.sign_timeout / timedelta(milliseconds=1))
         self._streams: set[_Stream] = set()
         engine.metrics.streams = self._streams
@@ -146,7 +147,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         self, peer: Peer, refusals: Sequence[tuple[str, int, KeyreeveError]], *, by_signer: bool = False
     ) -> None:
         """Takes note of what a caller was refused: key id, purpose, why."""
-        log_refusals(peer, refusals)
+        self._refusal_log.tell(peer.name, refusals)
         if self._watch is not None and not peer.local:
             self._watch.refused(peer.name, refusals, by_signer=by_signer)
 
@@ -313,21 +314,6 @@ def _to_proto(result: SignResult) -> keyserver_pb2.SignResult:
     if isinstance(result, Signed):
         return keyserver_pb2.SignResult(id=result.id, signature=result.signature)
     return keyserver_pb2.SignResult(id=result.id, error=error_to_proto(result.error))
-
-
-def log_refusals(peer: Peer, refusals: Sequence[tuple[str, int, KeyreeveError]]) -> None:
-    """One line for each (key, purpose, code) of a batch, at most 16, with how many there were; never a message."""
-    seen: dict[tuple[str, int, str], tuple[int, str]] = {}
-    for key_id, purpose, error in refusals:
-        kind = (key_id[:64], purpose, error.code.value)
-        seen[kind] = (seen.get(kind, (0, ""))[0] + 1, error.detail)
-    for (key_id, purpose, code), (count, detail) in list(seen.items())[:_MAX_REFUSAL_LINES]:
-        shown = Purpose(purpose).label if purpose in _PURPOSES else str(purpose)
-        log_warning(
-            "sign_refused", caller=peer.name, key_id=key_id, purpose=shown, code=code, detail=detail, count=count
-        )
-    if len(seen) > _MAX_REFUSAL_LINES:
-        log_warning("sign_refused_more", caller=peer.name, kinds=len(seen) - _MAX_REFUSAL_LINES)
 
 
 def log_local(peer: Peer, items: Sequence[SignItem]) -> None:
