@@ -26,7 +26,7 @@ from keyreeve_client.audit.search import FoundRecord, Query, Unreadable, search_
 from keyreeve_client.audit.verification import Fault, Report, verify_log
 from keyreeve_client.cli.__main__ import run
 from keyreeve_common.errors import AuditUnavailable
-from keyreeve_common.transparency.checkpoint import Checkpoint
+from keyreeve_common.transparency.checkpoint import Checkpoint, verify_checkpoint
 from keyreeve_common.transparency.journal import build_group, read_groups
 from keyreeve_common.transparency.merkle import leaf_hash
 from keyreeve_common.transparency.note import ED25519, VerifierKey, parse_vkey
@@ -335,6 +335,28 @@ def keyreeve(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tupl
     code = run([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def test_witness_keeps_to_the_key_that_it_saw_first(
+    log: Path, witness: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever has the directory puts a key of his own there, and signs the tree with it, for the witness's line below it."""
+    state = tmp_path / "state"
+    cosign = ("audit", "cosign", log, "--key", witness, "--name", "example.org/witness", "--state", state)
+    assert keyreeve(capsys, *cosign)[0] == 0
+    own = Ed25519PrivateKey.generate()
+    true = parse_vkey((log / "log.vkey").read_text())
+    head, _ = verify_checkpoint((log / "checkpoint").read_bytes(), true)
+    forged = VerifierKey(true.name, own.public_key().public_bytes_raw())
+    kept = [(path, path.read_bytes()) for path in (log / "log.vkey", log / "checkpoint")]
+    (log / "log.vkey").write_text(f"{forged}\n")
+    (log / "checkpoint").write_bytes(head.sign(forged, own.sign))
+    code, out, err = keyreeve(capsys, *cosign)
+    assert (code != 0, out) == (True, "")
+    assert "somebody put another log or key there" in err
+    for path, data in kept:
+        path.write_bytes(data)
+    assert keyreeve(capsys, *cosign)[0] == 0
 
 
 def test_witness_cosigns_growth_and_nothing_else(

@@ -1,11 +1,17 @@
 """A witness: it cosigns a log's checkpoint only when the log grew from the one that it cosigned last, and remembers the new one first.
 
-Its state is a file with the text of that checkpoint, for each log one. Whoever loses it may cosign a log that was put back.
+Its state is a file with the text of that checkpoint, for each log one, and beside it `<state>.vkey` with the log's key as it was at the first
+time: whoever can write the log's directory must not have it cosign under a key of his own. The latter is also the lock: one at a time looks and
+remembers. Whoever loses the state may cosign a log that was put back.
 Spec: C2SP tlog-cosignature; tlog-witness (the rule, not its HTTP API).
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -22,6 +28,8 @@ from keyreeve_common.transparency.merkle import EMPTY_ROOT, consistency_proof, v
 from keyreeve_common.transparency.note import COSIGNATURE_V1, Note, VerifierKey
 
 from keyreeve_client.audit.log_directory import LogDirectory
+
+_MAX_VKEY_BYTES = 4_096
 
 
 class WitnessKey:
@@ -51,13 +59,37 @@ def read_witness_key(path: Path, name: str) -> WitnessKey:
 def cosign_log(log: LogDirectory, log_key: VerifierKey, witness: WitnessKey, state: Path, *, timestamp: int) -> Note:
     """The log's checkpoint with this witness's cosignature, after its tree was proved to hold the one that was cosigned before.
 
-    Raises: FailedPrecondition when the log did not only grow; NotFound, InvalidRequest when it cannot be read.
+    Raises: FailedPrecondition when the log did not only grow, or has another key than before; NotFound, InvalidRequest when it cannot be read;
+    StorageFull, ConfigInvalid for a state that cannot be written.
     """
-    head, note = verify_checkpoint(log.read("checkpoint"), log_key)
-    seen = _read_state(state, log_key.name)
-    _require_growth(log, seen, head)
-    write_atomic(state, head.to_text().encode(), mode=0o600)
-    return witness.cosign(note, timestamp=timestamp)
+    with _state_lock(state) as pinned:
+        known = os.pread(pinned, _MAX_VKEY_BYTES, 0).decode(errors="replace")
+        if known and known != f"{log_key}\n":
+            raise FailedPrecondition(
+                f"the log's key is {log_key}, {known.strip()} was cosigned before: somebody put another log or key there"
+            )
+        head, note = verify_checkpoint(log.read("checkpoint"), log_key)
+        _require_growth(log, _read_state(state, log_key.name), head)
+        if not known:
+            os.pwrite(pinned, f"{log_key}\n".encode(), 0)
+            os.fsync(pinned)
+        write_atomic(state, head.to_text().encode(), mode=0o600)
+        return witness.cosign(note, timestamp=timestamp)
+
+
+@contextmanager
+def _state_lock(state: Path) -> Iterator[int]:
+    """The file of the log's key, held. Raises: ConfigInvalid."""
+    path = state.with_name(f"{state.name}.vkey")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigInvalid(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _require_growth(log: LogDirectory, seen: Checkpoint, head: Checkpoint) -> None:
