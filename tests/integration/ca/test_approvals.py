@@ -31,6 +31,7 @@ def people(tmp_path: Path) -> dict[str, Path]:
     for name in ("alice", "bob"):
         key, path = ed25519.Ed25519PrivateKey.generate(), tmp_path / f"{name}.key"
         how = BestAvailableEncryption(PASSPHRASE.encode()) if name == "alice" else NoEncryption()
+        path.touch(mode=0o600)
         path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, how))
         pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
         (tmp_path / f"{name}.pem").write_bytes(pem)

@@ -19,7 +19,7 @@ from keyreeve_common.approvals import (
     sign_request,
 )
 from keyreeve_common.errors import InvalidRequest
-from keyreeve_common.files import write_atomic
+from keyreeve_common.files import check_secret_file, write_atomic
 from keyreeve_common.v1 import keyserver_pb2
 
 from keyreeve_client.cli import arguments
@@ -123,11 +123,13 @@ def _visible(value: str) -> str:
 
 
 def _private_key(path: Path) -> PrivateKey:
-    """Raises: InvalidRequest, which names the file and never what is in it."""
+    """Raises: InvalidRequest, which names the file and never what is in it; ConfigInvalid where others can read a key that is not encrypted."""
     data = path.read_bytes()
     try:
         try:
             key = load_pem_private_key(data, None)
+            if path.is_file():  # a pipe has no mode that matters
+                check_secret_file(path)
         except TypeError:  # it is encrypted
             passphrase = typer.prompt(f"Passphrase of {path}", hide_input=True, err=True)
             key = load_pem_private_key(data, str(passphrase).encode())
