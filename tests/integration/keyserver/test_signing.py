@@ -254,7 +254,10 @@ def test_agents_may_not_administer(rig: KeyServerRig, agent: Svid, key: keyserve
             with pytest.raises(grpc.RpcError) as refused:
                 call()
             assert error_from_rpc(refused.value).code.value == "permission_denied"
-        assert stubs.health.Check(keyserver_pb2.HealthRequest()).serving
+        said = stubs.health.Check(keyserver_pb2.HealthRequest())
+        assert said.serving
+        # Release, backends and missing protections are not for everyone who may connect.
+        assert (said.version, list(said.backends), "protections" in said.detail) == ("", [], False)
 
 
 def test_the_ca_may_administer(rig: KeyServerRig, key: keyserver_pb2.Key) -> None:

@@ -1229,7 +1229,7 @@ class ServiceIdentity:
 
 
 class HealthStub:
-    """For anyone who may connect.
+    """For anyone who may connect; version, backends and detail for key administrators and the admin socket alone.
     """
 
     def __init__(self, channel):
@@ -1246,7 +1246,7 @@ class HealthStub:
 
 
 class HealthServicer:
-    """For anyone who may connect.
+    """For anyone who may connect; version, backends and detail for key administrators and the admin socket alone.
     """
 
     def Check(self, request, context):
@@ -1272,7 +1272,7 @@ def add_HealthServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Health:
-    """For anyone who may connect.
+    """For anyone who may connect; version, backends and detail for key administrators and the admin socket alone.
     """
 
     @staticmethod

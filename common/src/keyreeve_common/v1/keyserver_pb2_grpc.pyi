@@ -371,7 +371,7 @@ class ServiceIdentityServicer(metaclass=_abc_1.ABCMeta):
 def add_ServiceIdentityServicer_to_server(servicer: ServiceIdentityServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class HealthStub:
-    """For anyone who may connect."""
+    """For anyone who may connect; version, backends and detail for key administrators and the admin socket alone."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -381,13 +381,13 @@ class HealthStub:
 
 @_typing.type_check_only
 class HealthAsyncStub(HealthStub):
-    """For anyone who may connect."""
+    """For anyone who may connect; version, backends and detail for key administrators and the admin socket alone."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Check: _aio.UnaryUnaryMultiCallable[_keyserver_pb2.HealthRequest, _keyserver_pb2.HealthResponse]  # type: ignore[assignment]
 
 class HealthServicer(metaclass=_abc_1.ABCMeta):
-    """For anyone who may connect."""
+    """For anyone who may connect; version, backends and detail for key administrators and the admin socket alone."""
 
     @_abc_1.abstractmethod
     def Check(

@@ -236,7 +236,7 @@ class FrontEnd:
                 threads=threads, access=access, trust_domain=config.trust_domain, clock=clock, trail=trail
             ),
             identity=ServiceIdentityServicer(self._identity, self._open_tls),
-            health=HealthServicer(link=self._link, access=access, identity=self._identity, clock=clock),
+            health=HealthServicer(link=self._link, access=access, identity=self._identity, clock=clock, admins=exempt),
         )
         self._canaries = Canaries(
             self._link, engine, lambda new: servicers.key_admin.make_key(new, "canary"), metrics=metrics, clock=clock

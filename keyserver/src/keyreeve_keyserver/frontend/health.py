@@ -1,4 +1,7 @@
-"""The Health service: one look at the signer's backends, the catalog and the SVID, with one line of what to do."""
+"""The Health service: one look at the signer's backends, the catalog and the SVID, with one line of what to do.
+
+Everyone who may connect learns whether it serves; key administrators and the local operator learn the rest.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from keyreeve_common.errors import KeyreeveError
+from keyreeve_common.grpc_edge import current_peer
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 
 from keyreeve_keyserver.frontend.access import Access, Freshness
@@ -17,12 +21,20 @@ from keyreeve_keyserver.frontend.signer_link import SignerLink
 from keyreeve_keyserver.frontend.tls_identity import TlsIdentity
 
 _SIGNER_TIMEOUT_S = 2.0
+_ASK = "the key server's operators see more: keyreeve doctor"
 
 
 class HealthServicer(keyserver_pb2_grpc.HealthServicer):
     def __init__(
-        self, *, link: SignerLink, access: Access, identity: TlsIdentity, clock: Callable[[], datetime]
+        self,
+        *,
+        link: SignerLink,
+        access: Access,
+        identity: TlsIdentity,
+        clock: Callable[[], datetime],
+        admins: frozenset[str],
     ) -> None:
+        self._admins = admins
         self._link = link
         self._access = access
         self._identity = identity
@@ -53,7 +65,8 @@ class HealthServicer(keyserver_pb2_grpc.HealthServicer):
         )
         if self._identity.installed is not None:
             response.svid_not_after.FromDatetime(self._identity.installed.svid.not_after)
-        return response
+        peer = current_peer()
+        return response if peer.local or peer.name in self._admins else _for_strangers(response)
 
     def _own_problems(self) -> Iterator[str]:
         try:
@@ -96,6 +109,17 @@ class HealthServicer(keyserver_pb2_grpc.HealthServicer):
         shown.at.FromDatetime(state.at)
         shown.took.FromTimedelta(timedelta(seconds=state.seconds))
         return shown
+
+
+def _for_strangers(full: keyserver_pb2.HealthResponse) -> keyserver_pb2.HealthResponse:
+    """What agents choose by. Which release, backends and protections an attacker has before him is for those to know who can mend it."""
+    response = keyserver_pb2.HealthResponse()
+    response.CopyFrom(full)
+    for name in ("version", "backends", "detail"):
+        response.ClearField(name)
+    if full.detail:
+        response.detail = _ASK
+    return response
 
 
 def _weaknesses(said: dict[str, Any]) -> Iterator[str]:
