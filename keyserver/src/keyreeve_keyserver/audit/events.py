@@ -36,7 +36,7 @@ def sign_records(
 ) -> list[AuditRecord]:
     """One record for each result but those that say `key_not_found` of a key that is not loaded: that is no decision, and the item comes again.
 
-    `roles` are of the keys that are loaded.
+    `roles` are of the keys that were loaded when their items were judged.
     """
     items = {item.id: item for item in batch.items}
     return [

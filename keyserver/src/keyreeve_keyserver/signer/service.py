@@ -22,7 +22,7 @@ from keyreeve_common.errors import (
     TokenUnavailable,
 )
 from keyreeve_common.key_id import KeyId
-from keyreeve_common.purposes import Purpose
+from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.schemes import KeyType
 from keyreeve_common.telemetry import log_exception, log_warning
 from keyreeve_common.transparency.records import microseconds
@@ -109,12 +109,15 @@ class SigningService:
         spans, began_us = SpanLog.of(batch.items), now_us()
         refused: list[SignResult] = []
         lanes: dict[_Lane, list[JudgedItem]] = {}
+        roles: dict[KeyId, KeyRole] = {}  # of the keys as they were judged: one may be forgotten before it is recorded
         since_pause = 0
         for item in batch.items:
             if since_pause >= _JUDGED_AT_ONCE:
                 await asyncio.sleep(0)  # certificates and CRLs take long to judge: let other batches in
                 since_pause = 0
-            self._judge(item, received, refused, lanes)
+            if (record := self._keys.get(item.key_id)) is not None:
+                roles[item.key_id] = record.role
+            self._judge(item, record, received, refused, lanes)
             since_pause += 1 + len(item.message) // _BYTES_AS_LONG_AS_AN_ITEM
         _log_digests(batch, lanes.values())
         spans.step(JUDGE, spans.traces, began_us)
@@ -123,24 +126,24 @@ class SigningService:
                 if isinstance(result, Refused):
                     self._metrics.refused(result.error)
             self._log_refusals(batch, refused)
-            for frame in await self._answers(batch, refused, spans):
+            for frame in await self._answers(batch, refused, roles, spans):
                 yield frame
         for done in asyncio.as_completed([self._sign_lane(name, lane, spans) for (name, *_), lane in lanes.items()]):
-            for frame in await self._answers(batch, await done, spans):
+            for frame in await self._answers(batch, await done, roles, spans):
                 yield frame
 
-    async def _answers(self, batch: SignBatch, results: list[SignResult], spans: SpanLog) -> list[SignResults | Spans]:
+    async def _answers(
+        self, batch: SignBatch, results: list[SignResult], roles: dict[KeyId, KeyRole], spans: SpanLog
+    ) -> list[SignResults | Spans]:
         began_us = now_us()
-        answer = await self._recorded(batch, results)
+        answer = await self._recorded(batch, results, roles)
         spans.step(RECORD, [result.id for result in results], began_us)
         taken = spans.taken()
         return [Spans(taken), answer] if taken else [answer]
 
-    async def _recorded(self, batch: SignBatch, results: list[SignResult]) -> SignResults:
+    async def _recorded(self, batch: SignBatch, results: list[SignResult], roles: dict[KeyId, KeyRole]) -> SignResults:
         """The frame with these results once they are in the audit log; where they cannot be, none leaves and every item is refused."""
         if self._audit.enabled:
-            loaded = [record for item in batch.items if (record := self._keys.get(item.key_id)) is not None]
-            roles = {record.key_id: record.role for record in loaded}
             records = sign_records(batch, results, roles, time_us=microseconds(self._now()))
             try:
                 await self._audit.append(records)
@@ -149,9 +152,13 @@ class SigningService:
         return SignResults(batch.batch_id, tuple(results))
 
     def _judge(
-        self, item: SignItem, received: float, refused: list[SignResult], lanes: dict[_Lane, list[JudgedItem]]
+        self,
+        item: SignItem,
+        record: KeyRecord | None,
+        received: float,
+        refused: list[SignResult],
+        lanes: dict[_Lane, list[JudgedItem]],
     ) -> None:
-        record = self._keys.get(item.key_id)
         try:
             request = judge_item(item, record, received=received, now=self._now(), max_message=self._max_message)
         except KeyreeveError as error:

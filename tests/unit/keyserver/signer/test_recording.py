@@ -13,7 +13,7 @@ import pytest
 from keyreeve_common.errors import AuditUnavailable, ErrorCode, InvalidRequest
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import Purpose, build_tls13_content
-from keyreeve_common.transparency.records import AuditRecord, Event, Source
+from keyreeve_common.transparency.records import AuditRecord, Event, Mark, Source
 from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import Control, Refused, SignBatch, Signed, SignItem, SignResult, SignResults
@@ -112,6 +112,24 @@ async def test_nothing_leaves_that_cannot_be_recorded(audit: MemoryAuditLog) -> 
     audit.fail = False
     (result,) = await signer.sign(item(3))
     assert isinstance(result, Signed)
+
+
+async def test_key_that_is_forgotten_meanwhile_keeps_its_mark(audit: MemoryAuditLog) -> None:
+    """An owned front end has an authority's key forgotten before its batch is recorded: the records bear their mark all the same."""
+    signer = Signer(audit)
+    await signer.backend.start()
+    authority = {"role": "jwt-authority", "purposes": ["jwt_svid"]}
+    profile = {"trust_domain": "example.org", "max_ttl_s": 300}
+    made = await signer.control("create_key", **{**NEW_KEY, **authority}, jwt_profile=profile)
+    await signer.control("load_key", record=made["record"])
+    audit.records.clear()
+    signing = asyncio.create_task(signer.sign(*(item(number) for number in range(40))))
+    await asyncio.sleep(0)  # the first of them are judged
+    await signer.control("forget_key", key_id="web")
+    codes = {result.error.code for result in await signing if isinstance(result, Refused)}
+    assert codes == {ErrorCode.PURPOSE_NOT_PERMITTED, ErrorCode.KEY_NOT_FOUND}
+    refusals = [record for record in audit.records if record.result == "purpose_not_permitted"]
+    assert {record.marks for record in refusals} == {Mark.AUTHORITY}
 
 
 async def test_the_record_comes_first() -> None:
