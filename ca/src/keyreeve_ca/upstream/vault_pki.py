@@ -52,13 +52,16 @@ class VaultPki:
 
     @contextmanager
     def _session(self) -> Iterator[VaultSession]:
-        """A token that we got is revoked afterwards; one that somebody put into a file stays."""
+        """A token that we got is revoked afterwards, whatever came of it; one that somebody put into a file stays."""
         session = VaultSession(self._config)
         try:
-            yield session
-            if self._config.login is not VaultLogin.TOKEN:
-                with suppress(KeyreeveError):
-                    session.post("auth/token/revoke-self", {}, doing="revoking the token")
+            session.log_in()
+            try:
+                yield session
+            finally:
+                if self._config.login is not VaultLogin.TOKEN:
+                    with suppress(KeyreeveError):
+                        session.post("auth/token/revoke-self", {}, doing="revoking the token")
         except KeyNotFound as error:
             raise FailedPrecondition(f"{error.detail}; the issuer is {self._path}") from None
         finally:
