@@ -109,7 +109,9 @@ class SoftwareBackend:
         self._threads = threads or len(os.sched_getaffinity(0))
         self._lanes = LanePool(self._threads, _WEIGHTS, name=f"sign-{name}", express=_EXPRESS)
         # Making an RSA key takes seconds: not in a thread that signs.
-        self._background = ThreadPoolExecutor(1, thread_name_prefix=f"make-{name}")
+        self._making = ThreadPoolExecutor(1, thread_name_prefix=f"make-{name}")
+        # Nor in the one that loads keys, which handshakes wait for.
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix=f"load-{name}")
         self._waiting = 0
 
     @property
@@ -121,7 +123,8 @@ class SoftwareBackend:
 
     async def close(self) -> None:
         self._keys.clear()
-        self._background.shutdown(wait=True, cancel_futures=True)
+        for executor in (self._making, self._loading):
+            executor.shutdown(wait=True, cancel_futures=True)
         await asyncio.to_thread(self._lanes.close)
 
     def capabilities(self) -> Capabilities:
@@ -131,7 +134,8 @@ class SoftwareBackend:
         return BackendHealth(BackendState.UP, workers=self._threads, configured=self._threads, waiting=self._waiting)
 
     async def create(self, key_id: KeyId, key_type: KeyType) -> CreatedKey:
-        key = await self._run(_GENERATORS[key_type])
+        executor = self._making if key_type.family is KeyFamily.RSA else self._loading
+        key = await self._run(executor, _GENERATORS[key_type])
         pkcs8 = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
         spki_der = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         return CreatedKey(spki_der, key_id, Secret(pkcs8), dict(_ATTRIBUTES))
@@ -143,7 +147,9 @@ class SoftwareBackend:
         if not secret:
             raise SealedRecordInvalid("record of a software key holds no key")
         pkcs8 = secret.reveal()
-        key = await self._run(lambda: load_der_private_key(pkcs8, None, unsafe_skip_rsa_key_validation=True))
+        key = await self._run(
+            self._loading, lambda: load_der_private_key(pkcs8, None, unsafe_skip_rsa_key_validation=True)
+        )
         spki_der = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         if spki_der != record.spki_der:
             raise KeySelfTestFailed("the sealed key is not the one of the record's header")
@@ -191,8 +197,9 @@ class SoftwareBackend:
         except (ValueError, TypeError):
             return Internal("the software key failed to sign")
 
-    async def _run(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._background, work)
+    @staticmethod
+    async def _run(executor: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
 
 
 def _chunks(requests: Sequence[SignRequest]) -> list[tuple[KeyType, _Work]]:
