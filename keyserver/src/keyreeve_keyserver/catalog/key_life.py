@@ -101,10 +101,11 @@ class KeyLifeRows:
             begun = update(keys).where(due).values(state=KeyState.DESTROYED.value, seq=seq).returning(*_COLUMNS)
             return [key_entry(row) for row in connection.execute(begun)]
 
-    def unfinished_destructions(self, *, limit: int = 100) -> list[Doomed]:
-        """Destroyed by name, with a record that the signer has still to destroy: now, or since a crash."""
+    def unfinished_destructions(self, *, limit: int = 100, after: str = "") -> list[Doomed]:
+        """Destroyed by name, with a record that the signer has still to destroy: now, or since a crash. By key id, behind `after`."""
         wanted = [keys.c.key_id, keys.c.sealed_record, keys.c.destruction_permit]
-        unfinished = and_(keys.c.state == KeyState.DESTROYED.value, keys.c.sealed_record.is_not(None))
+        destroyed = keys.c.state == KeyState.DESTROYED.value
+        unfinished = and_(destroyed, keys.c.sealed_record.is_not(None), keys.c.key_id > after)
         with self._read() as connection:
             found = connection.execute(select(*wanted).where(unfinished).order_by(keys.c.key_id).limit(limit))
             return [
@@ -183,7 +184,9 @@ class KeyLifeRows:
         """Disabled since they were retired, and neither to be destroyed nor kept by somebody's word."""
         wanted = and_(keys.c.state == KeyState.DISABLED.value, keys.c.state_reason == RETIRED, ~IS_PENDING)
         with self._read() as connection:
-            return [key_entry(row) for row in connection.execute(select(*_COLUMNS).where(wanted))]
+            return [
+                key_entry(row) for row in connection.execute(select(*_COLUMNS).where(wanted).order_by(keys.c.key_id))
+            ]
 
     def attestation_key(self) -> bytes | None:
         """Sealed; None while none was made."""

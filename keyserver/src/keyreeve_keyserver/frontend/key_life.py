@@ -15,7 +15,14 @@ from hashlib import sha256
 from time import monotonic
 
 from keyreeve_common.approvals import ApprovalRequest, Operation, parse_approval
-from keyreeve_common.errors import FailedPrecondition, InvalidRequest, KeyNotFound, KeyreeveError, NotFound
+from keyreeve_common.errors import (
+    ApprovalRequired,
+    FailedPrecondition,
+    InvalidRequest,
+    KeyNotFound,
+    KeyreeveError,
+    NotFound,
+)
 from keyreeve_common.grpc_edge import current_peer
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.telemetry import log, log_exception, log_warning
@@ -242,12 +249,15 @@ class KeyLifeService:
         for entry in await self._threads.run(catalog.begin_destructions, now=now):
             log("key_state_changed", caller="reaper", key_id=entry.key_id, state=KeyState.DESTROYED.value)
             self._access.apply_key(entry)
-        for doomed in await self._threads.run(catalog.unfinished_destructions):
-            try:
-                await self._destroy(doomed)
-                self._failing.pop(doomed.key_id, None)
-            except KeyreeveError as error:
-                self._complain(doomed.key_id, error)
+        page = await self._threads.run(catalog.unfinished_destructions)
+        while page:
+            for doomed in page:
+                try:
+                    await self._destroy(doomed)
+                    self._failing.pop(doomed.key_id, None)
+                except KeyreeveError as error:
+                    self._complain(doomed.key_id, error)
+            page = await self._threads.run(catalog.unfinished_destructions, after=page[-1].key_id)
 
     async def _schedule_retired(self) -> None:
         """Where approvals are asked for this waits for an administrator who has them."""
@@ -255,6 +265,9 @@ class KeyLifeService:
             try:
                 await self._schedule(entry, self._wait, (), "reaper")
                 self._failing.pop(entry.key_id, None)
+            except ApprovalRequired as error:
+                self._complain(entry.key_id, error)
+                return  # it will be of all others
             except KeyreeveError as error:
                 self._complain(entry.key_id, error)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from keyreeve_common.errors import FailedPrecondition, InvalidRequest, Unavailable
+from keyreeve_common.errors import ApprovalRequired, FailedPrecondition, InvalidRequest, Unavailable
 from keyreeve_common.grpc_edge import Peer, _current_peer
 from keyreeve_common.identity import TrustDomain
 from keyreeve_common.key_id import KeyId
@@ -194,3 +194,51 @@ def test_steady_clock_is_never_ahead_of_time_that_passed(steps: list[tuple[int, 
         told = steady(now)
         assert told <= now
         assert told <= START + timedelta(seconds=passed[0]) * 1.001 + SECOND
+
+
+async def test_retired_keys_that_need_approvals_cost_one_question_a_round(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else thousands of them would hold up the destructions that are due, in every round of every replica."""
+    monkeypatch.setattr(rig.service, "_destroys_retired", True)
+    asked: list[str] = []
+
+    async def refuse(operation: str, *, timeout: float, **_: Any) -> dict[str, Any]:
+        asked.append(operation)
+        raise ApprovalRequired("2 of 3")
+
+    purposes = frozenset({Purpose.TLS13_SERVER_VERIFY})
+    for number in range(5):
+        new = NewKey(f"r{number}", KeyType.EC_P256, KeyRole.HANDSHAKE, purposes, "", "")
+        key_id = KeyId(rig.catalog.begin_key(new, now=START).key_id)
+        rig.catalog.complete_key(key_id, backend="b", sealed_record=b"s", spki_der=b"p", attributes={})
+        rig.catalog.set_retirement(key_id, at=START)
+    monkeypatch.setattr(rig.signer, "control", refuse)
+    await rig.service._reap_due()
+    assert asked.count("permit_destruction") == 1
+
+
+async def test_destructions_that_fail_starve_no_other(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a token that is gone for good there may be any number."""
+    purposes, destroyed = frozenset({Purpose.TLS13_SERVER_VERIFY}), 0
+
+    async def only_last(operation: str, *, timeout: float, **arguments: Any) -> dict[str, Any]:
+        nonlocal destroyed
+        if operation == "destroy_key":
+            if base64.b64decode(arguments["record"]) == b"gone":
+                raise Unavailable("this token is away")
+            destroyed += 1
+        return {"permit": base64.b64encode(b"permit").decode()}
+
+    monkeypatch.setattr(rig.signer, "control", only_last)
+    ids = sorted(
+        rig.catalog.begin_key(NewKey(f"r{n}", KeyType.EC_P256, KeyRole.HANDSHAKE, purposes, "", ""), now=START).key_id
+        for n in range(103)
+    )
+    for key_id in ids:
+        record = b"good" if key_id == ids[-1] else b"gone"
+        rig.catalog.complete_key(key_id, backend="b", sealed_record=record, spki_der=b"p", attributes={})
+        rig.catalog.change_state(key_id, to=KeyState.DISABLED, from_states=(KeyState.ENABLED,))
+        rig.catalog.schedule_destruction(key_id, at=START, permit=b"p")
+    await rig.service._reap_due()
+    assert destroyed == 1
