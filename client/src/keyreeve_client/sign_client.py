@@ -144,6 +144,7 @@ class SignStreamClient:
         self._waiting: OrderedDict[int, _Waiting] = OrderedDict()  # by id, in order of arrival
         self._wake = asyncio.Event()
         self._stream: _Stream | None = None
+        self._old: set[_Stream] = set()  # those of channels before a renewal, until their answers are in
         self._tasks: set[asyncio.Task[None]] = set()
         self._sender: asyncio.Task[None] | None = None
         self._next_id = 0
@@ -203,10 +204,11 @@ class SignStreamClient:
         return waiting.answer
 
     def abandon(self, error: KeyreeveError) -> None:
-        """Fails all that waits or is in flight, and ends the stream; the next request opens another."""
-        stream, self._stream = self._stream, None
+        """Fails all that waits or is in flight, and ends the stream (those before a renewal too); the next request opens another."""
+        streams = [stream for stream in (self._stream, *self._old) if stream is not None]
+        self._stream = None
         self._fail_waiting(error)
-        if stream is not None:
+        for stream in streams:
             stream.fail(error)
             if stream.reader is not None:
                 stream.reader.cancel()
@@ -228,8 +230,10 @@ class SignStreamClient:
     def _give_up(self, item_id: int) -> None:
         """Whatever became of the item, it holds no slot and no memory any more; an answer that comes later finds nobody."""
         self._waiting.pop(item_id, None)
-        if self._stream is not None and self._stream.settle(item_id) is not None:
-            self._wake.set()
+        for stream in (self._stream, *self._old):
+            if stream is not None and stream.settle(item_id) is not None:
+                self._wake.set()
+                return
 
     def _start_sender(self) -> None:
         self._wake.set()
@@ -282,6 +286,7 @@ class SignStreamClient:
     def _retire(self, stream: _Stream) -> None:
         """Ends the stream once its answers are in; a server that hangs keeps nobody from the new one."""
         self._stream = None
+        self._old.add(stream)
         self._track(asyncio.create_task(_end_writing(stream.call), name="sign-stream-end"))
 
     def _take_batch(self) -> list[_Waiting]:
@@ -337,6 +342,7 @@ class SignStreamClient:
         finally:
             if self._stream is stream:
                 self._stream = None
+            self._old.discard(stream)
             stream.fail(error)
             self._wake.set()
 

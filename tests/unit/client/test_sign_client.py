@@ -165,6 +165,28 @@ async def test_an_abandoned_stream_fails_what_it_holds_and_the_next_request_open
     assert signing.service.streams == 2
 
 
+async def test_what_the_stream_before_a_renewal_holds_is_abandoned_too(signing: Any) -> None:
+    """The key server hangs, and the SVID is renewed: two streams hold requests that go nowhere."""
+    channels = [open_local_channel(signing.socket), open_local_channel(signing.socket)]
+    at = 0
+
+    async def current() -> grpc.aio.Channel:
+        return channels[at]
+
+    client = SignStreamClient(current)
+    before = start(client, 3)
+    await signing.service.until(lambda: len(signing.service.batches) == 1)
+    at = 1
+    after = start(client, 3, 3)
+    await signing.service.until(lambda: len(signing.service.batches) == 2)
+    client.abandon(StreamLost("silent"))
+    results = await asyncio.wait_for(asyncio.gather(*before, *after, return_exceptions=True), 10)
+    assert [type(result) for result in results] == [StreamLost] * 6
+    await client.close()
+    for channel in channels:
+        await channel.close()
+
+
 async def test_a_stopping_server_is_a_lost_stream(signing: Any) -> None:
     signing.service.refusal = Unavailable("stopping", retry_after=timedelta(seconds=1))
     async with stream_client(signing) as client:
