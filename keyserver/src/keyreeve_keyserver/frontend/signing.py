@@ -16,6 +16,7 @@ from keyreeve_common.errors import (
     InvalidRequest,
     KeyreeveError,
     MessageTooLarge,
+    Overloaded,
     PurposeNotPermitted,
     SchemeNotSupported,
     Unavailable,
@@ -36,6 +37,8 @@ from keyreeve_keyserver.frontend.rates import RateLimiter
 from keyreeve_keyserver.frontend.refusal_log import RefusalLog
 from keyreeve_keyserver.frontend.release import ReleaseGate
 
+# An agent has one for each replica. Each may hold a batch that waits for room, of 16 MiB.
+MAX_STREAMS_PER_CALLER = 32
 _MAX_SCHEME = 0xFFFF
 _ITEMS_PER_BATCH = 64
 # A provider declares no purpose for what it does not recognise.
@@ -85,7 +88,10 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
     async def SignStream(
         self, request_iterator: AsyncIterator[keyserver_pb2.SignBatch], context: Any
     ) -> AsyncIterator[keyserver_pb2.SignResultBatch]:
-        stream = _Stream(self, current_peer())
+        peer = current_peer()
+        if not peer.local and sum(stream.caller == peer.name for stream in self._streams) >= MAX_STREAMS_PER_CALLER:
+            raise Overloaded(f"{MAX_STREAMS_PER_CALLER} streams of this caller are open, the most allowed; use those")
+        stream = _Stream(self, peer)
         self._streams.add(stream)
         reader = asyncio.create_task(stream.read(request_iterator))
         if self._draining:
@@ -185,7 +191,7 @@ class _Stream:
         self.ending: KeyreeveError | None = None
         self._service = service
         self._peer = peer
-        self._caller = peer.name
+        self.caller = peer.name
         self._outstanding: set[int] = set()
         self._room = service.limits.batches_per_stream * _ITEMS_PER_BATCH
         self._held = 0
@@ -217,7 +223,7 @@ class _Stream:
         except KeyreeveError:
             raise
         except Exception:
-            log_exception("stream_failed", caller=self._caller)
+            log_exception("stream_failed", caller=self.caller)
             raise Internal("internal error; the server's log has the cause") from None
 
     def release(self, count: int) -> None:
@@ -239,7 +245,7 @@ class _Stream:
             self.answers.put_nowait(None)
 
     def _take(self, batch: keyserver_pb2.SignBatch) -> None:
-        service, peer, caller = self._service, self._peer, self._caller
+        service, peer, caller = self._service, self._peer, self.caller
         now = service.clock()
         if not peer.local:
             peer.require_svid(now)
@@ -285,7 +291,7 @@ class _Stream:
         self._service.refused(self._peer, [("", 0, error)])
         for request in requests:
             self._service.engine.metrics.refused(request.purpose, error.code.value)
-            self._service.record_refusal(self._caller, request, error)
+            self._service.record_refusal(self.caller, request, error)
         shown = error_to_proto(error)
         self._answer([keyserver_pb2.SignResult(id=request.id, error=shown) for request in requests])
 

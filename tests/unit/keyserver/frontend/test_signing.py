@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
-from keyreeve_common.errors import Internal, SvidExpired, Unavailable
+from keyreeve_common.errors import Internal, Overloaded, SvidExpired, Unavailable
 from keyreeve_common.grpc_edge import Peer, _current_peer
 from keyreeve_common.v1 import keyserver_pb2
 from keyreeve_common.x509_svid import parse_x509_svid
@@ -19,7 +19,7 @@ from keyreeve_keyserver.frontend.audit_trail import AuditTrail
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
 from keyreeve_keyserver.frontend.signer_link import OnResults
-from keyreeve_keyserver.frontend.signing import _ITEMS_PER_BATCH, SigningServicer
+from keyreeve_keyserver.frontend.signing import _ITEMS_PER_BATCH, MAX_STREAMS_PER_CALLER, SigningServicer
 from keyreeve_testing.keyserver import sign_item
 from keyreeve_testing.pki import TestPki
 
@@ -204,3 +204,27 @@ async def test_a_fault_of_ours_does_not_end_the_stream_well(monkeypatch: pytest.
     rig.send(1)
     with pytest.raises(Internal):
         await anext(stream)
+
+
+async def test_one_caller_has_so_many_streams_and_takes_none_of_others() -> None:
+    """Each stream of a client that never reads holds a batch: without a bound, as many as it likes."""
+    rig = Rig()
+    streams = [rig.open() for _ in range(MAX_STREAMS_PER_CALLER + 1)]
+    reading = [asyncio.create_task(anext(stream)) for stream in streams]
+    await turns()
+    refused = [task for task in reading if task.done()]
+    assert [type(task.exception()) for task in refused] == [Overloaded]
+    other = rig.service.SignStream(rig._requests(), cast("Any", None))
+    svid = TestPki().svid("agent/b", not_after=rig.now + timedelta(hours=1))
+    _current_peer.set(Peer(svid=parse_x509_svid(svid.chain[0])))
+    of_other = asyncio.create_task(anext(other))
+    await turns()
+    assert not of_other.done()
+    for task in [*reading, of_other]:
+        task.cancel()
+    await asyncio.gather(*reading, of_other, return_exceptions=True)
+    assert not rig.service._streams
+    again = asyncio.create_task(anext(rig.open()))
+    await turns()
+    assert not again.done()
+    again.cancel()
