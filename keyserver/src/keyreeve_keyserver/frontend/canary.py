@@ -2,7 +2,7 @@
 
 So health says whether signatures are made, not whether processes run. A canary key is an ordinary handshake key that no certificate names, and
 what it signs is the CertificateVerify of a handshake that never was: its signatures are of no use to anybody. All replicas share it: it is found
-by its request id.
+by its request id; where it was destroyed the next request id has a new one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any
@@ -34,6 +34,7 @@ LABEL = "keyreeve canary"
 _PURPOSE = Purpose.TLS13_SERVER_VERIFY
 _MESSAGE = build_tls13_content(_PURPOSE, hashlib.sha256(b"keyreeve canary").digest())
 _PREFERRED = (KeyType.EC_P256, KeyType.ED25519, KeyType.EC_P384, KeyType.RSA_2048)
+_MOST_GENERATIONS = 1000  # one for each time that somebody destroyed it
 MakeKey = Callable[[NewKey], Awaitable[KeyEntry]]
 
 
@@ -116,7 +117,12 @@ class Canaries:
             raise Unavailable(f"backend {name} offered no key type when the signer was connected; see its health")
         purposes = frozenset({_PURPOSE})
         request_id = f"keyreeve/canary/{name}/{key_type.value}"
-        entry = await self._make_key(NewKey(request_id, key_type, KeyRole.HANDSHAKE, purposes, name, LABEL))
+        new = NewKey(request_id, key_type, KeyRole.HANDSHAKE, purposes, name, LABEL)
+        entry = await self._make_key(new)
+        for number in range(2, _MOST_GENERATIONS):
+            if entry.state is not KeyState.DESTROYED:
+                break
+            entry = await self._make_key(replace(new, request_id=f"{request_id}/{number}"))
         if entry.state is not KeyState.ENABLED:
             raise Unavailable(f"canary key {entry.key_id} is not enabled; run: keyreeve key enable {entry.key_id}")
         self._keys[name] = entry
