@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 
 from keyreeve_common.errors import ApprovalInvalid
+from keyreeve_common.strict_json import canonical_json, parse_strict_json
 
 PREFIX = b"keyreeve-approval-v1\x00"
 VERSION = 1
@@ -49,7 +50,7 @@ class ApprovalRequest:
 
     def to_bytes(self) -> bytes:
         """The canonical JSON: names sorted, no spaces, ASCII."""
-        return _canonical(
+        return canonical_json(
             {
                 "version": VERSION,
                 "operation": self.operation.value,
@@ -164,7 +165,7 @@ def _request(value: object) -> ApprovalRequest:
     try:
         expires = datetime.strptime(str(value["expires"]), _TIME).replace(tzinfo=UTC)
         request = ApprovalRequest(Operation(value["operation"]), value["request_id"], expires, value["key"])
-        if request.to_bytes() != _canonical(value):
+        if request.to_bytes() != canonical_json(value):
             raise ValueError("a member in another spelling")
     except (ValueError, TypeError):
         raise ApprovalInvalid("approval request: operation or expires is not one that is known") from None
@@ -175,28 +176,12 @@ def _object(data: str | bytes) -> dict[str, Any]:
     if len(data) > MAX_APPROVAL_BYTES:
         raise ApprovalInvalid(f"an approval has at most {MAX_APPROVAL_BYTES} bytes")
     try:
-        value = json.loads(data, object_pairs_hook=_distinct, parse_float=_refuse, parse_constant=_refuse)
-        _canonical({"": value})
-    except (ValueError, RecursionError):
+        value = parse_strict_json(data)
+    except ValueError:
         raise ApprovalInvalid("approval is not one JSON object with distinct names and whole numbers") from None
     if not isinstance(value, dict):
         raise ApprovalInvalid("approval is not a JSON object")
     return value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a name stands twice")
-    return value
-
-
-def _refuse(text: str) -> Any:
-    raise ValueError(f"not a whole number: {text[:32]}")
-
-
-def _canonical(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def _hash_of(curve: ec.EllipticCurve) -> type[SHA256] | type[SHA384]:

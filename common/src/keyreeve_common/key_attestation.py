@@ -16,6 +16,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from keyreeve_common.errors import InvalidRequest
+from keyreeve_common.strict_json import canonical_json, parse_strict_json
 
 PREFIX = b"keyreeve-key-attestation-v1\x00"
 VERSION = 1
@@ -66,7 +67,7 @@ def check_nonce(nonce: bytes) -> bytes:
 def sign_statement(statement: Mapping[str, Any], key: Ed25519PrivateKey) -> KeyAttestation:
     """Raises: InvalidRequest for a statement that is not of this version."""
     _check(statement)
-    return KeyAttestation(statement, key.sign(PREFIX + _canonical(statement)))
+    return KeyAttestation(statement, key.sign(PREFIX + canonical_json(statement)))
 
 
 def verify_attestation(
@@ -75,7 +76,7 @@ def verify_attestation(
     """The attestation in `text`, when `public_key` signed it, and for this nonce where one is given. Raises: InvalidRequest."""
     attestation = _parse(text)
     try:
-        public_key.verify(attestation.signature, PREFIX + _canonical(attestation.statement))
+        public_key.verify(attestation.signature, PREFIX + canonical_json(attestation.statement))
     except InvalidSignature:
         raise InvalidRequest("attestation: its signature does not verify with this public key") from None
     _check(attestation.statement)
@@ -88,10 +89,9 @@ def _parse(text: str | bytes) -> KeyAttestation:
     if len(text) > MAX_ATTESTATION_BYTES:
         raise InvalidRequest(f"attestation: at most {MAX_ATTESTATION_BYTES} bytes are expected")
     try:
-        value = json.loads(text, object_pairs_hook=_distinct, parse_float=_refuse, parse_constant=_refuse)
+        value = parse_strict_json(text)
         statement = value["statement"]
         signature = base64.b64decode(str(value["signature"]).encode("ascii"), validate=True)
-        _canonical({"": value})
     except (ValueError, TypeError, LookupError, RecursionError, binascii.Error):
         raise InvalidRequest(_NO_ATTESTATION) from None
     if len(value) != len(("statement", "signature")) or not isinstance(statement, dict):
@@ -103,18 +103,3 @@ def _check(statement: Mapping[str, Any]) -> None:
     odd = sorted(str(name) for name in statement.keys() ^ _MEMBERS)
     if odd or type(statement.get("version")) is not int or statement["version"] != VERSION:
         raise InvalidRequest(f"attestation: not a statement of version {VERSION}; odd members: {', '.join(odd)[:200]}")
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a name stands twice")
-    return value
-
-
-def _refuse(text: str) -> Any:
-    raise ValueError(f"not a whole number: {text[:32]}")
-
-
-def _canonical(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")

@@ -16,6 +16,7 @@ from keyreeve_common.errors import MAX_DETAIL_BYTES, InvalidRequest, KeyreeveErr
 from keyreeve_common.identity import MAX_ID_BYTES, SpiffeId
 from keyreeve_common.key_id import MAX_KEY_ID_BYTES, KeyId, parse_key_id
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES
+from keyreeve_common.strict_json import parse_strict_json
 from keyreeve_common.trace import TRACE_BYTES
 from keyreeve_common.wire import FrameSplitter, Reader, ascii_text, bytes8, bytes16, bytes32, u16, u32
 
@@ -324,26 +325,12 @@ def _read_json(reader: Reader) -> JsonObject:
 def parse_json_object(data: bytes) -> JsonObject:
     """One JSON object in UTF-8: no name twice, no fractions, no lone surrogates. Raises: MalformedFrame."""
     try:
-        value = json.loads(
-            data.decode(), object_pairs_hook=_no_duplicates, parse_float=_no_fraction, parse_constant=_no_fraction
-        )
-        json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
+        value = parse_strict_json(data)
+    except ValueError:
         raise MalformedFrame("json is not one object in UTF-8 with whole numbers and distinct names") from None
     if not isinstance(value, dict):
         raise MalformedFrame("json is not an object")
     return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a name stands twice")
-    return value
-
-
-def _no_fraction(text: str) -> Any:
-    raise ValueError(f"not a whole number: {text[:32]}")
 
 
 def _json_bytes(value: JsonObject) -> bytes:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from keyreeve_common.errors import KeyreeveError, MalformedFrame, error_from_code
+from keyreeve_common.strict_json import canonical_json
 
-from keyreeve_keyserver.domain.keys import canonical_json
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import JsonObject, parse_json_object
 from keyreeve_keyserver.hardening.lockdown import Reach

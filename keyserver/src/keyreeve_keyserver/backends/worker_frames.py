@@ -14,9 +14,9 @@ from keyreeve_common.errors import MAX_DETAIL_BYTES, InvalidRequest, KeyreeveErr
 from keyreeve_common.key_id import MAX_KEY_ID_BYTES, parse_key_id
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES
 from keyreeve_common.schemes import KeyType, SignatureScheme
+from keyreeve_common.strict_json import canonical_json
 from keyreeve_common.wire import FrameSplitter, Reader, ascii_text, bytes8, bytes16, bytes32, u16, u32
 
-from keyreeve_keyserver.domain.keys import canonical_json
 from keyreeve_keyserver.domain.wrapped_key import MAX_BLOB_BYTES
 from keyreeve_keyserver.frames import MAX_SIGNATURE_BYTES, JsonObject, parse_json_object
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from keyreeve_common.errors import ConfigInvalid, Conflict, KeyNotFound
 from keyreeve_common.key_id import KeyId
+from keyreeve_common.strict_json import canonical_json
 from keyreeve_common.telemetry import log
 from sqlalchemy import URL, Connection, Engine, Table, and_, delete, insert, inspect, select, text, update
 
@@ -46,7 +47,7 @@ from keyreeve_keyserver.catalog.schema import (
     schema_version,
 )
 from keyreeve_keyserver.catalog.steps import apply_steps, create_tables
-from keyreeve_keyserver.domain.keys import AuthorityProfile, JwtProfile, KeyState, canonical_json
+from keyreeve_keyserver.domain.keys import AuthorityProfile, JwtProfile, KeyState
 
 _SCHEMA_LOCK = 0x6B657972  # PostgreSQL advisory lock, so that two replicas do not make the tables at once
 _KEY_COLUMNS = [column for column in keys.columns if column.name not in ("sealed_record", "destruction_permit")]

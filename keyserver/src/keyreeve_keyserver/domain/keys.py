@@ -22,6 +22,7 @@ from keyreeve_common.identity import MAX_ID_BYTES, TrustDomain
 from keyreeve_common.key_id import KeyId, parse_key_id
 from keyreeve_common.purposes import PURPOSES_OF_ROLE, KeyRole, Purpose, parse_purpose
 from keyreeve_common.schemes import KeyFamily, KeyType, key_type_of
+from keyreeve_common.strict_json import canonical_json
 
 from keyreeve_keyserver.domain.der import DerError, check_name
 
@@ -259,10 +260,6 @@ def parse_spki(spki_der: bytes) -> KeyType:
         return key_type_of(load_der_public_key(spki_der))
     except (ValueError, UnsupportedAlgorithm):
         raise KeyTypeNotSupported("public key is not a SubjectPublicKeyInfo that can be read") from None
-
-
-def canonical_json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

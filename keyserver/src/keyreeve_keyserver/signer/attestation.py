@@ -15,9 +15,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keyreeve_common.errors import SealedRecordInvalid
 from keyreeve_common.key_attestation import VERSION, KeyAttestation, sign_statement
+from keyreeve_common.strict_json import canonical_json
 
 from keyreeve_keyserver.backends.ports import Backend
-from keyreeve_keyserver.domain.keys import Custody, KeyRecord, canonical_json
+from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.signer.sealing import Sealer
 

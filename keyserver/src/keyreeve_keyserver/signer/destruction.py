@@ -12,8 +12,9 @@ from datetime import UTC, datetime
 from hashlib import sha256
 
 from keyreeve_common.errors import FailedPrecondition, SealedRecordInvalid
+from keyreeve_common.strict_json import canonical_json
 
-from keyreeve_keyserver.domain.keys import KeyRecord, canonical_json
+from keyreeve_keyserver.domain.keys import KeyRecord
 
 MAX_WAIT_SECONDS = 10 * 366 * 86_400
 _KIND = "destruction-permit"

@@ -21,10 +21,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from keyreeve_common.errors import ConfigInvalid, KeyreeveError, MalformedFrame, SealedRecordInvalid
 from keyreeve_common.files import sync_directory
+from keyreeve_common.strict_json import canonical_json
 from keyreeve_common.wire import Reader, bytes32
 
 from keyreeve_keyserver.backends.ports import SealingToken
-from keyreeve_keyserver.domain.keys import KeyRecord, canonical_json, parse_record_header
+from keyreeve_keyserver.domain.keys import KeyRecord, parse_record_header
 from keyreeve_keyserver.domain.secret import Secret
 
 MAGIC = b"KRV1"

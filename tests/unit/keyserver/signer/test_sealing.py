@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from keyreeve_common.errors import ConfigInvalid, InvalidRequest, SealedRecordInvalid
 from keyreeve_common.purposes import KeyRole, Purpose
+from keyreeve_common.strict_json import canonical_json
 from keyreeve_common.wire import bytes32
 from keyreeve_keyserver.backends.worker_frames import Box, parse_question
-from keyreeve_keyserver.domain.keys import AuthorityKind, KeyRecord, canonical_json, parse_record_header
+from keyreeve_keyserver.domain.keys import AuthorityKind, KeyRecord, parse_record_header
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.signer.sealing import KdfParameters, PassphraseKey, Sealer, load_kdf_parameters
 from keyreeve_testing.tbs import AUTHORITY_NAME, authority_record, handshake_record
