@@ -11,7 +11,7 @@ import pytest
 from keyreeve_testing.audit import audit_record, write_audit_log
 
 PROGRAM = Path(__file__).parent / "audit_go"
-pytestmark = pytest.mark.skipif(shutil.which("go") is None, reason="needs Go")
+pytestmark = pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed; script/bootstrap brings it")
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,11 @@ func main() {
 	tree := open(filepath.Join(directory, "checkpoint"), verifier)
 	reader := tlog.TileHashReader(tree, tiles{directory})
 	for first := int64(0); first < tree.N; first += 1 << height {
-		bundle := tlog.Tile{H: height, L: -1, N: first >> height, W: int(min(tree.N-first, 1<<height))}
+		width := tree.N - first
+		if width > 1<<height {
+			width = 1 << height
+		}
+		bundle := tlog.Tile{H: height, L: -1, N: first >> height, W: int(width)}
 		name := filepath.Join(directory, strings.Replace(bundle.Path(), fmt.Sprintf("tile/%d/data", height), "tile/entries", 1))
 		data, err := os.ReadFile(name)
 		check(err)
