@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
+from time import monotonic
 
 import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
+from keyreeve_client.audit.log_directory import LogDirectory
+from keyreeve_client.audit.search import FoundRecord, Query, search_log
 from keyreeve_common.errors import ErrorCode, KeyreeveError
 from keyreeve_common.grpc_edge import error_from_rpc
+from keyreeve_common.purposes import Purpose, build_tls13_content
 from keyreeve_common.v1 import keyserver_pb2
+from keyreeve_testing.fault_table import row_of, write_rows
 from keyreeve_testing.keyserver import KeyServerRig, Stubs, verify_p256
+from keyreeve_testing.load import Load
 from keyreeve_testing.pki import Svid, TestPki
 from keyreeve_testing.processes import ManagedProcess
 
@@ -99,6 +107,33 @@ def granted_key(host: SteppedHost, name: str, *, expires_at: datetime | None = N
         stamp.FromDatetime(expires_at)
     host.rig.grant(key.key_id, host.lasting.spiffe_id, expires_at=stamp if expires_at else None)
     return key
+
+
+def test_steps_under_load_fail_no_signature_and_lose_no_record(host: SteppedHost) -> None:
+    key = granted_key(host, "under-load")
+    given: list[bytes] = []
+    with host.rig.caller(host.lasting) as caller:
+
+        def once() -> None:
+            message = build_tls13_content(Purpose.TLS13_SERVER_VERIFY, secrets.token_bytes(32))
+            caller.sign(key.key_id, message=message)
+            given.append(sha256(message).digest())
+
+        with Load("clock", once, failures=(grpc.RpcError,)) as load:
+            load.wait_successes(10, within=60)
+            began = monotonic()
+            for offset in (HOUR, timedelta(0), -HOUR, timedelta(0)):
+                host.step(offset)
+                load.wait_successes(50, within=60)
+            load.wait_successes(10, within=60)
+    row = row_of(
+        "clock of a key host stepped by an hour, ahead and back", began, handshakes=(), signatures=load.since(began)
+    )
+    found = search_log(LogDirectory(host.rig.audit_directory), Query(event="signature", key_id=key.key_id))
+    recorded = {each.record.message_hash for each in found if isinstance(each, FoundRecord)}
+    row = replace(row, records_lost=sum(1 for digest in given if digest not in recorded))
+    write_rows("reliability-clock", [row])
+    assert (row.signatures_failed, row.records_lost) == (0, 0)
 
 
 @pytest.mark.parametrize("offset", [HOUR, -HOUR, timedelta(days=30), timedelta(days=-30)])

@@ -6,30 +6,26 @@ After the last fault both audit logs are verified, and every signature that was 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from time import monotonic
 
 import pytest
-from keyreeve_testing.load import Attempt, Load, Signatures
+from keyreeve_testing.fault_table import Row, failed, row_of, write_rows
+from keyreeve_testing.load import Load, Signatures
 from keyreeve_testing.postgres import PostgresServer, postgres_is_installed, running_postgres
 from keyreeve_testing.processes import command_line, descendants_of
 from keyreeve_testing.replicated_stack import REPLICAS, ReplicatedStack
 from keyreeve_testing.softhsm import softhsm_is_installed
 from keyreeve_testing.stack import NGINX, Served, StackConfig
 
-ROOT = Path(__file__).parents[3]
-RESULTS = ROOT / "build" / "results" / "reliability.json"
-PAGE = ROOT / "docs" / "reliability.md"
-MARKS = ("<!-- table: tests/integration/faults -->\n", "<!-- end of table -->\n")
 STOPPED_S = 10.0
 AUDIT_BYTES = 4 << 20
 pytestmark = [
@@ -41,20 +37,6 @@ pytestmark = [
     pytest.mark.skipif(not softhsm_is_installed(), reason="softhsm2 is not installed"),
     pytest.mark.skipif(not postgres_is_installed(), reason="PostgreSQL is not installed"),
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table. In seconds: `recovered` from the fault to the last failure, `stalled` the longest attempt that succeeded."""
-
-    fault: str
-    handshakes: int
-    failed: int
-    signatures: int
-    signatures_failed: int
-    recovered: float
-    stalled: float
-    records_lost: int = -1
 
 
 @dataclass
@@ -95,23 +77,10 @@ class Scene:
         self.settle()
         handshakes = self.soft.since(began) + self.hsm.since(began)
         local = self.local.since(began)
-        failures = [attempt for attempt in handshakes + local if attempt.error]
-        row = Row(
-            fault,
-            len(handshakes),
-            _failed(handshakes),
-            len(local),
-            _failed(local),
-            round(max((attempt.ended - began for attempt in failures), default=0.0), 2),
-            round(max(attempt.ended - attempt.began for attempt in handshakes + local if not attempt.error), 2),
-        )
+        row = row_of(fault, began, handshakes=handshakes, signatures=local)
         self.rows[fault] = row
         self.given[fault] = self.signatures.given[before:]
         return row
-
-
-def _failed(attempts: list[Attempt]) -> int:
-    return sum(1 for attempt in attempts if attempt.error)
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +212,8 @@ def test_token_removed(scene: Scene) -> None:
     scene.settle()
     began = monotonic()
     scene.measure("token removed for 5 s, put back", remove, lambda: restore(away, store), lasts=5.0)
-    assert _failed(scene.soft.since(began)) == 0, "a software key failed with the token"
-    assert _failed(scene.hsm.since(began)) > 0, "the token was not away: this test shows nothing"
+    assert failed(scene.soft.since(began)) == 0, "a software key failed with the token"
+    assert failed(scene.hsm.since(began)) > 0, "the token was not away: this test shows nothing"
 
 
 def test_agent_killed(scene: Scene) -> None:
@@ -277,28 +246,6 @@ def test_no_record_is_lost_and_the_table_is_written(scene: Scene) -> None:
         for record in scene.stack.cli("audit", "search", str(scene.stack.audit_dir(replica)), "--event", "signature"):
             recorded.add(bytes.fromhex(record["message_sha256"]))
     lost = {fault: sum(1 for digest in given if digest not in recorded) for fault, given in scene.given.items()}
-    rows = [{**asdict(row), "records_lost": lost[fault]} for fault, row in scene.rows.items()]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    write_page(rows)
+    write_rows("reliability", [replace(row, records_lost=lost[fault]) for fault, row in scene.rows.items()])
     assert sum(lost.values()) == 0
     assert all(given for given in scene.given.values()), "a fault under which nothing was signed shows nothing"
-
-
-def write_page(rows: list[dict[str, object]]) -> None:
-    """The table in docs/reliability.md: written where KEYREEVE_WRITE_DOCS asks for it, else held to name the same faults."""
-    head = "| fault | handshakes | failed | other signatures | failed | to recover | longest success | records lost |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
-    lines += [
-        f"| {row['fault']} | {row['handshakes']} | {row['failed']} | {row['signatures']} | {row['signatures_failed']} "
-        f"| {row['recovered']} s | {row['stalled']} s | {row['records_lost']} |"
-        for row in rows
-    ]
-    page = PAGE.read_text()
-    before, rest = page.split(MARKS[0])
-    old, after = rest.split(MARKS[1])
-    if os.environ.get("KEYREEVE_WRITE_DOCS"):
-        PAGE.write_text(before + MARKS[0] + "\n".join(lines) + "\n" + MARKS[1] + after)
-    else:
-        named = [line.split("|")[1].strip() for line in old.splitlines()[2:]]
-        assert named == [row["fault"] for row in rows], "docs/reliability.md names other faults: see its head"
