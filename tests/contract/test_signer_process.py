@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import signal
@@ -435,3 +436,17 @@ class TestToken:
         for secret in (token.pin.encode(), b"a passphrase that is long enough"):
             assert secret not in log.read_bytes()
             assert secret not in told
+
+
+@pytest.mark.softhsm
+@pytest.mark.skipif(not softhsm_is_installed(), reason="softhsm2 is not installed")
+def test_signer_with_workers_ends_in_order(tmp_path: Path) -> None:
+    """Locked down as it is by then, it still waits for its launcher, which ends the workers."""
+    config, log = write_signer_config(tmp_path, token=make_softhsm_token(tmp_path / "softhsm")), tmp_path / "log"
+    with running_signer(config, log=log) as client:
+        client.control("health")
+    assert client.process is not None
+    assert client.process.returncode == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert lines[-1]["event"] == "signer_stopped"
+    assert not [line for line in lines if line["level"] == "error"]

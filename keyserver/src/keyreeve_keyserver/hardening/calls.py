@@ -27,6 +27,7 @@ _FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030)  # F_DUPFD to F_SETLKW, loc
 _MEMORY = "brk munmap mremap madvise msync mlock mlock2 munlock membarrier"
 _THREADS = """futex futex_waitv set_robust_list get_robust_list rseq set_tid_address sched_yield sched_getaffinity sched_getparam
 sched_getscheduler gettid getpid getppid getpgrp getuid geteuid getgid getegid getresuid getresgid getgroups exit exit_group getcpu"""
+_CHILDREN = "wait4 waitid"  # the launcher's end is waited for; none can be begun
 _TIME = "nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time times getrusage getitimer setitimer restart_syscall"
 _SIGNALS = "rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack pause"
 _POLLING = (
@@ -57,7 +58,7 @@ ABSENT = (Call("clone3"),)  # its flags lie in memory, where a filter cannot loo
 def signer_allows() -> tuple[Call, ...]:
     """With this process's own id, to which alone it may send signals."""
     return (
-        *_calls(_FILES, _MEMORY, _THREADS, _TIME, _SIGNALS, _POLLING, _OPEN_SOCKETS, _MACHINE),
+        *_calls(_FILES, _MEMORY, _THREADS, _CHILDREN, _TIME, _SIGNALS, _POLLING, _OPEN_SOCKETS, _MACHINE),
         Call("clone", (_mask(0, _CLONE_THREAD, _CLONE_THREAD),)),
         Call("mmap", (_mask(2, _PROT_EXEC, 0),)),
         Call("mmap", (_mask(2, _WRITE_AND_EXEC, _PROT_EXEC),)),  # a library that is loaded late

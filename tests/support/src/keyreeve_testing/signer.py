@@ -18,6 +18,7 @@ from keyreeve_keyserver import frames
 from keyreeve_testing.softhsm import SoftHsmToken
 from keyreeve_testing.users import command_as
 
+REFUSED_START = (77, 78)
 _FAST_KDF = {"kdf": "scrypt", "n": 16_384, "p": 1, "r": 8, "salt": "5a" * 32, "version": 1}
 
 
@@ -131,6 +132,10 @@ def running_signer(config: Path, *, log: Path, uid: int | None = None) -> Iterat
             process.kill()
             process.wait()
             raise
+        if (
+            process.returncode > 0 and process.returncode not in REFUSED_START
+        ):  # a test that kills it sees a negative one
+            raise AssertionError(f"the signer ended with {process.returncode}, a fault of ours: see {log}")
 
 
 def connect_signer(path: Path, process: subprocess.Popen[bytes], *, seconds: float = 20) -> SignerClient:

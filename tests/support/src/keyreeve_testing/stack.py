@@ -258,7 +258,7 @@ class Stack:
         self._write("openssl.cnf", _OPENSSL_CNF.format(provider=PROVIDER))
         self._write("nginx.conf", self._nginx_conf())
         reload = self.etc / "reload-nginx"
-        reload.write_text(f'#!/bin/sh\n[ ! -s {self._nginx_pid} ] || exec kill -HUP "$(cat {self._nginx_pid})"\n')
+        reload.write_text(f'#!/bin/sh\n[ ! -s {self._nginx_pid} ] || kill -HUP "$(cat {self._nginx_pid})"\n')
         reload.chmod(0o755)
 
     def _write(self, name: str, text: str) -> None:
