@@ -557,6 +557,8 @@ from keyreeve_keyserver.backends.pkcs11_worker import Worker
 class Counted:
     def __init__(self, token):
         self.token, self.tries = token, 0
+    def __getattr__(self, name):
+        return getattr(self.token, name)
     def open(self, **arguments):
         self.tries += 1
         return self.token.open(**arguments)
