@@ -126,11 +126,15 @@ def _read_certificate_request(body: TlsReader, scheme: SignatureScheme) -> None:
 def _check_own_certificate(body: TlsReader, record: KeyRecord) -> None:
     leaf = _read_certificates(body)[0]
     try:
-        public_key = x509.load_der_x509_certificate(leaf).public_key()
+        certificate = x509.load_der_x509_certificate(leaf)
+        public_key = certificate.public_key()
         spki_der = public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     except UNREADABLE:
         raise body.refuse("the client's certificate cannot be read") from None
     body.require(spki_der == record.spki_der, "the client's certificate is not for this key")
+    # A parser takes a point's other encodings (hybrid, compressed) for the same key: only the record's own may stand here.
+    spelled_alike = record.spki_der in certificate.tbs_certificate_bytes
+    body.require(spelled_alike, "the client's certificate spells its key otherwise")
 
 
 def _read_client_key_exchange(body: TlsReader, curve: int) -> None:

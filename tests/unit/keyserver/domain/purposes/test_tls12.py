@@ -163,6 +163,9 @@ def test_a_request_that_reads_as_a_key_exchange_is_refused_where_the_key_has_bot
 
 TLS13_HELLO = hello(tail=b"\x13\x01\x00", extensions=tls12.extension(43, b"\x03\x04"))
 OTHER_LEAF = replace(LEAF, key=AUTHORITY_KEY).certificate().public_bytes(Encoding.DER)
+POINT_AT = tls12.OWN_CERTIFICATE.index(b"\x03\x42\x00\x04") + 3
+HYBRID = bytes((6 + tls12.OWN_CERTIFICATE[POINT_AT + 64] % 2,))
+HYBRID_CERTIFICATE = tls12.OWN_CERTIFICATE[:POINT_AT] + HYBRID + tls12.OWN_CERTIFICATE[POINT_AT + 1 :]
 WRONG_TRANSCRIPTS: dict[str, tuple[Transcript, str]] = {
     "TLS 1.1": (
         changed(GOOD, client_hello=hello(version=0x0302, tail=b"\x00\x02\xc0\x2b\x01\x00", extensions=None)),
@@ -232,6 +235,10 @@ WRONG_TRANSCRIPTS: dict[str, tuple[Transcript, str]] = {
     "own certificate of another key": (
         changed(GOOD, own_certificate=tls12.certificates(OTHER_LEAF)),
         "is not for this key",
+    ),
+    "own key in hybrid form": (
+        changed(GOOD, own_certificate=tls12.certificates(HYBRID_CERTIFICATE)),
+        "spells its key otherwise",
     ),
     "RSA key transport": (changed(GOOD, client_key_exchange=vector(2, bytes(256))), "the point has 1 bytes"),
     "share of another curve": (
