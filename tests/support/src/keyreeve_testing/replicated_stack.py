@@ -22,23 +22,32 @@ REPLICAS = (1, 2)
 
 
 class FarHost:
-    """A network namespace with one address, reached over a veth pair. `black_hole` drops what is sent there, without a word to either end."""
+    """A network namespace with one address, reached over a veth pair. `black_hole` drops what is sent there, without a word to either end.
+
+    A process of its own holds it, so that it needs no place under /run and goes with us.
+    """
 
     def __init__(self) -> None:
         mark = secrets.token_hex(3)
-        self.name = f"keyreeve-{mark}"
         self._near, self._far = f"krv{mark}a", f"krv{mark}b"
         net = f"10.{200 + secrets.randbelow(50)}.{secrets.randbelow(256)}"
         self.near_address, self.address = f"{net}.1", f"{net}.2"
+        self._holder: subprocess.Popen[bytes] | None = None
 
     def make(self) -> None:
-        _ip("netns", "add", self.name)
-        _ip("link", "add", self._near, "type", "veth", "peer", "name", self._far, "netns", self.name)
+        holding = "echo held; exec sleep infinity"
+        command = ["unshare", "--net", "setpriv", "--pdeathsig", "KILL", "sh", "-c", holding]
+        self._holder = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        assert self._holder.stdout is not None
+        assert self._holder.stdout.readline() == b"held\n", "no network namespace could be made"
+        self._holder.stdout.close()
+        pid = str(self._holder.pid)
+        _ip("link", "add", self._near, "type", "veth", "peer", "name", self._far, "netns", pid)
         _ip("addr", "add", f"{self.near_address}/30", "dev", self._near)
         _ip("link", "set", self._near, "up")
         for arguments in (["addr", "add", f"{self.address}/30", "dev", self._far], ["link", "set", self._far, "up"]):
-            _ip("-n", self.name, *arguments)
-        _ip("-n", self.name, "link", "set", "lo", "up")
+            subprocess.run([*self._enter(), "ip", *arguments], check=True)
+        subprocess.run([*self._enter(), "ip", "link", "set", "lo", "up"], check=True)
 
     def black_hole(self) -> None:
         """Frames go to a hardware address that nobody has: no reset, no ICMP, silence."""
@@ -48,12 +57,18 @@ class FarHost:
         _ip("neigh", "del", self.address, "dev", self._near)
 
     def remove(self) -> None:
-        subprocess.run(["ip", "netns", "del", self.name], check=False)
+        if self._holder is not None:
+            self._holder.kill()
+            self._holder.wait()
         subprocess.run(["ip", "link", "del", self._near], check=False, stderr=subprocess.DEVNULL)
 
     def inside(self, command: list[str | Path]) -> list[str | Path]:
         """`command` as it runs there. NOTIFY_SOCKET names an abstract socket, which belongs to our own network namespace."""
-        return ["ip", "netns", "exec", self.name, "env", "-u", "NOTIFY_SOCKET", *command]
+        return [*self._enter(), "env", "-u", "NOTIFY_SOCKET", *command]
+
+    def _enter(self) -> list[str]:
+        assert self._holder is not None
+        return ["nsenter", f"--net=/proc/{self._holder.pid}/ns/net", "--"]
 
 
 def _ip(*arguments: str) -> None:
