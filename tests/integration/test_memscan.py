@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import gcd, lcm
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -89,6 +90,21 @@ def test_no_form_is_in_what_is_public(kind: str) -> None:
     der = KEYS[kind].public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     texts = [der, *(base64.b64encode(b"\0" * shift + der) for shift in range(3)), der.hex().encode()]
     assert not [needle for needle in needles_of(KEYS[kind]) for text in texts if needle.data in text]
+
+
+def test_a_short_secret_number_makes_nothing_public_a_needle() -> None:
+    """DER writes a number that begins with a zero byte shorter: one RSA key of some hundred has such a `d`."""
+    numbers = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_numbers()
+    p, q, e = numbers.p, numbers.q, 65537
+    order = lcm(p - 1, q - 1)
+    while gcd(e, order) != 1 or pow(e, -1, order).bit_length() > 2039:
+        e += 2
+    d = pow(e, -1, order)
+    public = rsa.RSAPublicNumbers(e, p * q)
+    key = rsa.RSAPrivateNumbers(p, q, d, d % (p - 1), d % (q - 1), numbers.iqmp, public).private_key()
+    der = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    texts = [der, *(base64.b64encode(b"\0" * shift + der) for shift in range(3))]
+    assert not [needle for needle in needles_of(key) for text in texts if needle.data in text]
 
 
 def test_a_needle_does_not_show_itself() -> None:

@@ -130,9 +130,10 @@ def _encodings(key: PrivateKey) -> Iterator[Needle]:
 def _secret_offsets(key: PrivateKey, der: bytes) -> set[int]:
     """Which bytes of the encoding are secret."""
     found: set[int] = set()
-    for _, number, size in _secrets_of(key):
-        at = der.find(number.to_bytes(size, "big"))
-        found.update(range(at, at + size))
+    for _, number, _ in _secrets_of(key):
+        shortest = number.to_bytes((number.bit_length() + 7) // 8, "big")  # DER leaves out an INTEGER's leading zeros
+        at = der.index(shortest)
+        found.update(range(at, at + len(shortest)))
     return found
 
 
