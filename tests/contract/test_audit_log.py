@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +39,7 @@ from keyreeve_common.transparency.tiles import (
     tiles_of_level,
 )
 from keyreeve_testing.audit import audit_record, journal_path, open_audit_log, write_audit_log
+from keyreeve_testing.disk import small_disk
 
 RECORDS = 700
 # What the last checkpoint stands on; other partial tiles are of earlier ones.
@@ -452,16 +452,6 @@ def test_wrong_arguments_are_named(log: Path, arguments: tuple[str, ...], capsys
     assert code == 1
     assert err.startswith("error: ")
     assert out == ""
-
-
-@contextmanager
-def small_disk(path: Path, size: str) -> Iterator[Path]:
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", str(path)], check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

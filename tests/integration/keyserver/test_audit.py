@@ -6,11 +6,9 @@ import json
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from keyreeve_common.purposes import Purpose, build_tls13_content
 from keyreeve_common.transparency.records import AuditRecord, Source
 from keyreeve_common.v1 import keyserver_pb2
 from keyreeve_keyserver import frames
+from keyreeve_testing.disk import small_disk
 from keyreeve_testing.keyserver import KeyServerRig, sign_request
 from keyreeve_testing.signer import SignerClient, running_signer, write_signer_config
 
@@ -174,16 +173,6 @@ def test_log_that_does_not_match_its_checkpoint_stops_the_start(tmp_path: Path, 
     text = (tmp_path / "refused").read_text()
     assert "start_refused" in text
     assert "move the directory away as evidence" in text
-
-
-@contextmanager
-def small_disk(path: Path, size: str) -> Iterator[Path]:
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", str(path)], check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
