@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 
-from keyreeve_common.errors import Internal, KeyreeveError, MalformedFrame, TokenUnavailable
+from keyreeve_common.errors import KeyreeveError, MalformedFrame, TokenUnavailable
 
 from keyreeve_keyserver.backends import worker_frames as frames
 from keyreeve_keyserver.backends.launch import WorkerStart
@@ -22,14 +22,7 @@ class Worker:
         self._token: Token | None = None
 
     def answer(self, question: frames.Question) -> frames.Answer:
-        try:
-            return self._answer(question)
-        except KeyreeveError as error:
-            return frames.Failed(error)
-        except Exception as error:
-            return frames.Failed(Internal(f"PKCS#11 worker: {type(error).__name__}"))
-
-    def _answer(self, question: frames.Question) -> frames.Answer:
+        """Raises: KeyreeveError."""
         if isinstance(question, frames.Open):
             if self._token is not None:
                 raise MalformedFrame("the worker is open already")

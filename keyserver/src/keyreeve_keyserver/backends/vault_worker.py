@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from keyreeve_common.errors import ConfigInvalid, Internal, KeyreeveError, MalformedFrame, TokenUnavailable
+from keyreeve_common.errors import ConfigInvalid, MalformedFrame, TokenUnavailable
 from keyreeve_common.vault.config import VaultConfig, VaultLogin
 from keyreeve_common.vault.session import VaultSession
 
@@ -27,14 +27,7 @@ class Worker:
         self._transit: Transit | None = None
 
     def answer(self, question: frames.Question) -> frames.Answer:
-        try:
-            return self._answer(question)
-        except KeyreeveError as error:
-            return frames.Failed(error)
-        except Exception as error:
-            return frames.Failed(Internal(f"Vault worker: {type(error).__name__}"))
-
-    def _answer(self, question: frames.Question) -> frames.Answer:
+        """Raises: KeyreeveError."""
         if isinstance(question, frames.Open):
             if self._transit is not None:
                 raise MalformedFrame("the worker is open already")

@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Callable
 
-from keyreeve_common.errors import MalformedFrame
+from keyreeve_common.errors import Internal, KeyreeveError, MalformedFrame
 from keyreeve_common.telemetry import configure_logging
 
 from keyreeve_keyserver.backends import worker_frames as frames
@@ -35,7 +35,21 @@ def run_worker(begin: Callable[[WorkerStart], Answering]) -> int:
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         start = _read_start(int(sys.argv[2]))
         confine_worker(protections, start.reach)
-        return serve(connection, _told(begin(start), protections))
+        return serve(connection, _told(guarded(begin(start)), protections))
+
+
+def guarded(answer: Answering) -> Answering:
+    """Every fault becomes an answer. Of one of ours only the kind is told: its text may hold what the worker knows."""
+
+    def guarded_answer(question: frames.Question) -> frames.Answer:
+        try:
+            return answer(question)
+        except KeyreeveError as error:
+            return frames.Failed(error)
+        except Exception as error:
+            return frames.Failed(Internal(f"worker: {type(error).__name__}"))
+
+    return guarded_answer
 
 
 def _told(answer: Answering, protections: Protections) -> Answering:
