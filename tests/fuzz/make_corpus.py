@@ -20,6 +20,7 @@ from keyreeve_common.transparency.journal import build_group
 from keyreeve_common.transparency.note import COSIGNATURE_V1, VerifierKey, parse_note
 from keyreeve_common.transparency.records import Mark, Source
 from keyreeve_common.transparency.tiles import join_entries
+from keyreeve_common.wire import bytes16
 from keyreeve_keyserver import frames
 from keyreeve_keyserver.backends import worker_frames as worker
 from keyreeve_testing import statements, tbs, tls12
@@ -36,6 +37,11 @@ _POINT = x509.IssuingDistributionPoint(
     [x509.UniformResourceIdentifier("https://a")], None, False, False, None, False, False
 )
 _ADDRESS = x509.IPAddress(ipaddress.ip_address("10.0.0.1"))
+
+
+def _failed(detail: bytes) -> bytes:
+    """An answer of a worker whose `detail` this side did not write."""
+    return bytes((worker.VERSION, worker.REFUSED, TokenUnavailable("").rendering.wire)) + bytes16(detail)
 
 
 def _seal(covered: bytes) -> bytes:
@@ -65,6 +71,9 @@ SEEDS: dict[str, dict[str, bytes]] = {
         "box": worker.Box(decrypt=True, label="kek", nonce=bytes(12), associated=b"h", data=b"d").to_bytes()[4:],
         "done": worker.Done({"key_types": ["ec-p256"]}).to_bytes()[4:],
         "failed": worker.Failed(TokenUnavailable("gone")).to_bytes()[4:],
+        "failed_cut_at_a_space": _failed(
+            b"\xff" * 339 + b"ab and more"
+        ),  # each wrong byte becomes three: the cut falls on the space
         "signed": worker.TokenSigned((b"s" * 70, KeyNotFound())).to_bytes()[4:],
         "boxed": worker.Boxed(b"d" * 17).to_bytes()[4:],
     },

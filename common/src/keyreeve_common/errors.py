@@ -142,7 +142,7 @@ def _one_line(detail: str) -> str:
     return (
         line
         if len(line.encode()) <= MAX_DETAIL_BYTES
-        else line.encode()[: MAX_DETAIL_BYTES - 4].decode(errors="ignore") + " ..."
+        else line.encode()[: MAX_DETAIL_BYTES - 4].decode(errors="ignore").rstrip() + " ..."
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from keyreeve_common.errors import (
     CLASS_BY_CODE,
@@ -241,10 +241,12 @@ def test_every_error_code_is_documented() -> None:
 
 
 @given(st.text(max_size=3000))
+@example("x" * 1019 + " and more")
 def test_a_detail_is_one_line_within_its_bound(text: str) -> None:
     detail = KeyreeveError(text).detail
     assert "\n" not in detail
     assert len(detail.encode()) <= 1024
+    assert KeyreeveError(detail).detail == detail, "what a peer makes of it on arrival is what was sent"
 
 
 def test_a_missing_key_and_a_forbidden_key_look_alike() -> None:
