@@ -51,7 +51,7 @@ def _seal(covered: bytes) -> bytes:
 SEEDS: dict[str, dict[str, bytes]] = {
     "frames": {
         "batch": frames.SignBatch(7, "spiffe://td.test/agent/a", (_ITEM,)).to_bytes()[4:],
-        "batch_local": frames.SignBatch(8, "local", (_ITEM, tbs.changed(_ITEM, id=2, message=b""))).to_bytes()[4:],
+        "batch_local": frames.SignBatch(8, "local", (_ITEM, _ITEM._replace(id=2, message=b""))).to_bytes()[4:],
         "control": frames.Control(1, "create_key", {"key_id": "k", "purposes": ["tls13_server_verify"]}).to_bytes()[4:],
         "results": frames.SignResults(7, (frames.Signed(1, b"s" * 70), frames.Refused(2, KeyNotFound()))).to_bytes()[
             4:

@@ -20,9 +20,20 @@ class Reader:
 
     __slots__ = ("_at", "_data")
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, at: int = 0) -> None:
         self._data = data
-        self._at = 0
+        self._at = at
+
+    @property
+    def at(self) -> int:
+        """Where the next field begins."""
+        return self._at
+
+    def rest(self) -> bytes:
+        """All that was not taken yet."""
+        rest = self._data[self._at :]
+        self._at = len(self._data)
+        return rest
 
     def take(self, count: int, field: str) -> bytes:
         end = self._at + count

@@ -6,7 +6,6 @@ import asyncio
 import base64
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from time import monotonic
 from typing import Any
@@ -163,7 +162,7 @@ class SigningEngine:
 
 def _later(item: SignItem, spent_s: float) -> SignItem:
     """`item` with what is left of its deadline; 1 ms at least, for the signer to refuse."""
-    return replace(item, deadline_ms=max(item.deadline_ms - int(spent_s * 1000), 1))
+    return item._replace(deadline_ms=max(item.deadline_ms - int(spent_s * 1000), 1))
 
 
 def _is_unloaded(result: SignResult) -> bool:

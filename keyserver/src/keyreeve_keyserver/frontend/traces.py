@@ -8,7 +8,6 @@ signer measures nothing for them either.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from time import monotonic
 
 from keyreeve_common.purposes import Purpose
@@ -60,9 +59,9 @@ class RequestTraces:
 
     def _followed(self, item: SignItem, spans: dict[int, Span]) -> SignItem:
         if not self._tracing.records or not self._has_room():
-            return replace(item, trace=unsampled(item.trace))
+            return item._replace(trace=unsampled(item.trace))
         span = spans[item.id] = self._begin(item)
-        return replace(item, trace=span.trace)
+        return item._replace(trace=span.trace)
 
     def _has_room(self) -> bool:
         now = self._clock_s()
