@@ -38,7 +38,7 @@ from keyreeve_common.transparency.tiles import (
     split_hashes,
     tiles_of_level,
 )
-from keyreeve_testing.audit import audit_record, journal_path, open_audit_log, write_audit_log
+from keyreeve_testing.audit import audit_entry, audit_record, journal_path, open_audit_log, write_audit_log
 from keyreeve_testing.disk import small_disk
 
 RECORDS = 700
@@ -215,7 +215,7 @@ def test_pruned_bundles_are_said_and_only_where_allowed(log: Path) -> None:
 
 async def test_records_after_the_checkpoint_are_counted_and_found(tmp_path: Path) -> None:
     async with open_audit_log(tmp_path) as opened:
-        await opened.append([audit_record(0), audit_record(1, key_id="other")])
+        await opened.append([audit_entry(0), audit_record(1, key_id="other").to_bytes()])
         report = verify(tmp_path)
         assert report.findings == []
         assert (report.size, report.unsigned) == (0, 3)
@@ -294,7 +294,7 @@ def test_search_finds_what_is_asked_for_and_nothing_else(tmp_path: Path) -> None
 
     async def write() -> None:
         async with open_audit_log(tmp_path) as opened:
-            await opened.append(records)
+            await opened.append([record.to_bytes() for record in records])
 
     asyncio.run(write())
 
@@ -464,7 +464,7 @@ async def test_full_disk_refuses_and_serves_again_with_nothing_lost(tmp_path: Pa
             number, refused = 0, 0
             while refused < 3 and number < 10_000:
                 try:
-                    await opened.append([audit_record(number)] * 20)
+                    await opened.append([audit_entry(number)] * 20)
                     accepted.append(number)
                 except AuditUnavailable as error:
                     refused += "no space left" in error.detail
@@ -472,7 +472,7 @@ async def test_full_disk_refuses_and_serves_again_with_nothing_lost(tmp_path: Pa
             assert refused == 3, "the disk was never full"
             assert opened.status().state == "unavailable"
             filler.unlink()
-            await opened.append([audit_record(number)])
+            await opened.append([audit_entry(number)])
             accepted += [number]
         report = verify(disk / "log")
         assert report.findings == []
@@ -487,7 +487,7 @@ async def test_log_may_be_read_while_it_is_written(tmp_path: Path) -> None:
         written = 0
         for _ in range(60):
             count = source.randrange(1, 40)
-            await opened.append([audit_record(written + number) for number in range(count)])
+            await opened.append([audit_entry(written + number) for number in range(count)])
             written += count
             if source.random() < 0.3:
                 report = await asyncio.to_thread(verify, tmp_path)

@@ -157,7 +157,7 @@ async def test_a_signed_digest_is_the_signature_of_its_message(backend: Backend,
     requests = [request_for(record, scheme) for scheme in schemes]
     digests = [hashlib.new(scheme.facts.hash_name, MESSAGE).digest() for scheme in schemes]
     requests += [
-        replace(request_for(record, scheme, digest), prehashed=True)
+        request_for(record, scheme, digest)._replace(prehashed=True)
         for scheme, digest in zip(schemes, digests, strict=True)
     ]
     outcomes = await backend.sign(requests)
@@ -170,7 +170,7 @@ async def test_ed25519_signs_no_digest(backend: Backend) -> None:
         pytest.skip(f"{backend.name} does not offer ed25519")
     record = await loaded_key(backend, KeyType.ED25519)
     whole, digest = await backend.sign(
-        [request_for(record), replace(request_for(record, message=bytes(64)), prehashed=True)]
+        [request_for(record), request_for(record, message=bytes(64))._replace(prehashed=True)]
     )
     verify(record, SignatureScheme.ED25519, whole)
     assert isinstance(digest, SchemeNotSupported)

@@ -25,7 +25,7 @@ def checked_trace(given: bytes) -> bytes:
     """`given`, or a new context where none was given. Raises: InvalidRequest."""
     if not given:
         return make_trace()
-    if len(given) != TRACE_BYTES or given[:REQUEST_ID_BYTES] == _NO_ID:
+    if len(given) != TRACE_BYTES or given.startswith(_NO_ID):
         raise InvalidRequest(f"trace: {TRACE_BYTES} bytes with a trace id that is not zero are expected")
     return given
 

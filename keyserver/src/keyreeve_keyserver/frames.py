@@ -17,11 +17,11 @@ from typing import Any, Final, NamedTuple
 
 from keyreeve_common.errors import MAX_DETAIL_BYTES, InvalidRequest, KeyreeveError, MalformedFrame, error_from_wire
 from keyreeve_common.identity import MAX_ID_BYTES, SpiffeId
-from keyreeve_common.key_id import MAX_KEY_ID_BYTES, KeyId, parse_key_id
+from keyreeve_common.key_id import KeyId, parse_key_id
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES
 from keyreeve_common.strict_json import parse_strict_json
 from keyreeve_common.trace import TRACE_BYTES
-from keyreeve_common.wire import FrameSplitter, Reader, ascii_text, bytes8, bytes16, bytes32, u16, u32
+from keyreeve_common.wire import FrameSplitter, Reader, ascii_text, bytes16, bytes32, u16, u32
 
 VERSION = 2
 MIN_FRAME_BYTES = 2
@@ -37,7 +37,9 @@ _OP = re.compile(r"[a-z_]{1,32}", re.ASCII)
 _SPAN_NAME = re.compile(r"[a-z0-9_.]{1,32}", re.ASCII)
 MAX_SPAN_DETAIL = 64
 _ITEM_HEAD = struct.Struct(">IB")  # id, length of the key id, which follows
-_ITEM_TAIL = struct.Struct(f">HBI{TRACE_BYTES}sI")  # scheme, purpose, deadline_ms, trace, length of the message, which follows
+_ITEM_TAIL = struct.Struct(
+    f">HBI{TRACE_BYTES}sI"
+)  # scheme, purpose, deadline_ms, trace, length of the message, which follows
 _SIGNED_HEAD = struct.Struct(">IBH")  # id, code 0, length of the signature, which follows
 _CODE_AT = 4
 _MOST_CALLERS = 1_024
@@ -95,7 +97,7 @@ class Refused(NamedTuple):
 
 SignResult = Signed | Refused
 # As the classes' own calls, in half the time: there is one for each signature.
-_new_item: Callable[[tuple[int, KeyId, int, int, int, bytes, bytes]], SignItem] = partial(tuple.__new__, SignItem)
+new_item: Callable[[tuple[int, KeyId, int, int, int, bytes, bytes]], SignItem] = partial(tuple.__new__, SignItem)
 _new_signed: Callable[[tuple[int, bytes]], Signed] = partial(tuple.__new__, Signed)
 
 
@@ -276,7 +278,7 @@ def _read_items(data: bytes, count: int) -> tuple[SignItem, ...]:
             at += _ITEM_TAIL.size + length
             if length > MAX_MESSAGE_BYTES:
                 raise MalformedFrame(f"message has {length} bytes, allowed are 0 to {MAX_MESSAGE_BYTES}")
-            items.append(_new_item((item_id, key_id, scheme, purpose, deadline_ms, data[at - length : at], trace)))
+            items.append(new_item((item_id, key_id, scheme, purpose, deadline_ms, data[at - length : at], trace)))
     except struct.error:
         raise MalformedFrame("frame ends inside an item") from None
     if at != len(data):
@@ -317,7 +319,9 @@ def _read_results(data: bytes, count: int) -> tuple[SignResult, ...]:
 
 def _wrong_end(data: bytes, at: int) -> MalformedFrame:
     over = len(data) - at
-    return MalformedFrame(f"{over} bytes after the end of the frame" if over > 0 else "frame ends inside its last field")
+    return MalformedFrame(
+        f"{over} bytes after the end of the frame" if over > 0 else "frame ends inside its last field"
+    )
 
 
 def _read_refused(data: bytes, at: int) -> tuple[Refused, int]:

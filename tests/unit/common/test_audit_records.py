@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +20,7 @@ from keyreeve_common.transparency.records import (
     marks_of,
     microseconds,
     parse_record,
+    signature_entries,
 )
 
 PRINTABLE = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=60)
@@ -52,6 +54,34 @@ SIGNATURE = AuditRecord(
     message_hash=bytes(32),
     signature_hash=bytes(32),
 )
+
+
+@given(st.lists(st.tuples(RECORDS, st.booleans()), max_size=4), st.integers(0, 253_402_300_799_999_999))
+def test_records_of_signatures_made_in_bulk_are_those_records(
+    drawn: list[tuple[AuditRecord, bool]], time_us: int
+) -> None:
+    expected = [
+        dataclasses.replace(
+            record,
+            time_us=time_us,
+            source=Source.SIGNER,
+            event="signature",
+            code=0,
+            marks=marks_of(record.purpose, authority_key=authority_key),
+            message_hash=bytes(range(32)),
+            signature_hash=bytes(32),
+            details=(),
+        )
+        for record, authority_key in drawn
+    ]
+    entries = signature_entries(
+        time_us,
+        [(record.caller, record.key_id, record.purpose, record.scheme, authority) for record, authority in drawn],
+        request_ids=[record.request_id for record, _ in drawn],
+        message_hashes=[bytes(range(32))] * len(drawn),
+        signature_hashes=[bytes(32)] * len(drawn),
+    )
+    assert entries == [record.to_bytes() for record in expected]
 
 
 @given(RECORDS)

@@ -8,9 +8,12 @@ Spec: docs/protocol/audit-log.md "Record".
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum, IntFlag, StrEnum
+from functools import lru_cache
+from itertools import starmap
 from typing import Final
 
 from keyreeve_common.errors import CODE_BY_WIRE, InvalidRequest, MalformedFrame
@@ -26,6 +29,9 @@ MAX_CALLER_BYTES = 2_048
 MAX_DETAILS = 16
 MAX_DETAIL_BYTES = 2_048
 MAX_RECORD_BYTES = 16_384
+_MOST_USES = 16_384  # whose parts of a record are remembered
+_HASH_LENGTH = bytes((HASH_BYTES,))
+_NO_DETAILS = b"\x00"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}", re.ASCII)
@@ -142,6 +148,34 @@ class AuditRecord:
             return ""
         known = self.scheme in set(SignatureScheme)
         return SignatureScheme(self.scheme).name.lower() if known else f"0x{self.scheme:04x}"
+
+
+def signature_entries(
+    time_us: int,
+    uses: Iterable[tuple[str, str, int, int, bool]],
+    *,
+    request_ids: Iterable[bytes],
+    message_hashes: Iterable[bytes],
+    signature_hashes: Iterable[bytes],
+) -> list[bytes]:
+    """The encodings of the signer's records of signatures made, as AuditRecord gives them, at a tenth of the cost: one for each of `uses`, which
+    are caller, key id, purpose, scheme and whether the key is an authority's. Hashes are of SHA-256.
+    """
+    start = bytes((VERSION,)) + time_us.to_bytes(8, "big")
+    columns = zip(starmap(_signature_parts, uses), request_ids, message_hashes, signature_hashes, strict=True)
+    return [
+        b"".join((start, head, request_id, middle, message_hash, _HASH_LENGTH, signature_hash, _NO_DETAILS))
+        for (head, middle), request_id, message_hash, signature_hash in columns
+    ]
+
+
+@lru_cache(_MOST_USES)
+def _signature_parts(caller: str, key_id: str, purpose: int, scheme: int, authority_key: bool) -> tuple[bytes, bytes]:
+    """What stands between time and request id, and between request id and message hash."""
+    marks = marks_of(purpose, authority_key=authority_key)
+    head = bytes((Source.SIGNER, marks)) + bytes8(Event.SIGNATURE.value.encode())
+    use = bytes((purpose,)) + u16(scheme) + b"\x00"
+    return head, bytes16(caller.encode()) + bytes8(key_id.encode()) + use + _HASH_LENGTH
 
 
 def microseconds(when: datetime) -> int:

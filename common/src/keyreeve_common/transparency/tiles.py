@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from keyreeve_common.errors import InvalidRequest
 from keyreeve_common.transparency.merkle import HASH_BYTES, Subtree, node_hash, perfect_root, split_point
-from keyreeve_common.wire import bytes16
+from keyreeve_common.wire import u16
 
 TILE_WIDTH = 256
 TILE_HEIGHT = 8
@@ -78,7 +78,9 @@ def split_hashes(data: bytes, width: int) -> list[bytes]:
 
 
 def join_entries(entries: Sequence[bytes]) -> bytes:
-    return b"".join(map(bytes16, entries))
+    parts: list[bytes] = [b""] * (2 * len(entries))
+    parts[0::2], parts[1::2] = map(u16, map(len, entries)), entries
+    return b"".join(parts)
 
 
 def split_entries(data: bytes) -> list[bytes]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import TypeVar
 
 from keyreeve_common.errors import ErrorCode, InvalidRequest
 from keyreeve_common.key_id import KeyId
-from keyreeve_common.purposes import AUTHORITY_ROLES, KeyRole
+from keyreeve_common.purposes import AUTHORITY_ROLES
 from keyreeve_common.trace import REQUEST_ID_BYTES
 from keyreeve_common.transparency.records import (
     NO_REQUEST_ID,
@@ -19,10 +19,12 @@ from keyreeve_common.transparency.records import (
     check_record,
     marks_of,
     parse_record,
+    signature_entries,
 )
 
+from keyreeve_keyserver.audit.hashes import sha256_each
 from keyreeve_keyserver.domain.keys import KeyRecord
-from keyreeve_keyserver.frames import JsonObject, SignBatch, Signed, SignItem, SignResult
+from keyreeve_keyserver.frames import JsonObject, Refused, SignBatch, Signed, SignResult
 
 MAX_EVENTS = 256
 _SIGNERS_OWN = frozenset({Event.SIGNATURE, Event.LOG_STARTED, Event.LOG_REPAIRED})
@@ -31,39 +33,58 @@ _NUMBERS = frozenset({"purpose", "scheme", "code"})
 T = TypeVar("T")
 
 
-def sign_records(
-    batch: SignBatch, results: Sequence[SignResult], roles: Mapping[KeyId, KeyRole], *, time_us: int
-) -> list[AuditRecord]:
-    """One record for each result but those that say `key_not_found` of a key that is not loaded: that is no decision, and the item comes again.
+class SignRecords:
+    """What is recorded of the items of one batch.
 
-    `roles` are of the keys that were loaded when their items were judged.
+    `authorities` says of the keys that were loaded when their items were judged whether they are an authority's: a key may be forgotten
+    before its results are recorded.
     """
-    items = {item.id: item for item in batch.items}
-    return [
-        _sign_record(batch.caller, items[result.id], result, roles.get(items[result.id].key_id), time_us)
-        for result in results
-        if isinstance(result, Signed)
-        or result.error.code is not ErrorCode.KEY_NOT_FOUND
-        or items[result.id].key_id in roles
-    ]
 
+    def __init__(self, batch: SignBatch) -> None:
+        self._caller = batch.caller
+        self._items = {item.id: item for item in batch.items}
+        self.authorities: dict[KeyId, bool] = {}
 
-def _sign_record(caller: str, item: SignItem, result: SignResult, role: KeyRole | None, time_us: int) -> AuditRecord:
-    signed = isinstance(result, Signed)
-    return AuditRecord(
-        time_us=time_us,
-        source=Source.SIGNER,
-        event=Event.SIGNATURE.value if signed else Event.REFUSAL.value,
-        request_id=item.trace[:REQUEST_ID_BYTES],
-        caller=caller,
-        key_id=item.key_id,
-        purpose=item.purpose,
-        scheme=item.scheme,
-        code=0 if isinstance(result, Signed) else result.error.rendering.wire,
-        marks=marks_of(item.purpose, authority_key=role in AUTHORITY_ROLES),
-        message_hash=sha256(item.message).digest(),
-        signature_hash=sha256(result.signature).digest() if isinstance(result, Signed) else b"",
-    )
+    def entries(self, results: Sequence[SignResult], *, time_us: int) -> list[bytes]:
+        """One record for each result but those that say `key_not_found` of a key that is not loaded: no decision, and the item comes again."""
+        signed = [result for result in results if isinstance(result, Signed)]
+        entries = self._signatures(signed, time_us)
+        if len(signed) < len(results):
+            entries += [self._refusal(result, time_us) for result in results if self._is_decided_refusal(result)]
+        return entries
+
+    def _signatures(self, results: Sequence[Signed], time_us: int) -> list[bytes]:
+        caller, authorities = self._caller, self.authorities
+        items = list(map(self._items.__getitem__, [result.id for result in results]))
+        uses = [(caller, item.key_id, item.purpose, item.scheme, authorities[item.key_id]) for item in items]
+        return signature_entries(
+            time_us,
+            uses,
+            request_ids=[item.trace[:REQUEST_ID_BYTES] for item in items],
+            message_hashes=sha256_each([item.message for item in items]),
+            signature_hashes=sha256_each([result.signature for result in results]),
+        )
+
+    def _is_decided_refusal(self, result: SignResult) -> bool:
+        if isinstance(result, Signed):
+            return False
+        return result.error.code is not ErrorCode.KEY_NOT_FOUND or self._items[result.id].key_id in self.authorities
+
+    def _refusal(self, result: SignResult, time_us: int) -> bytes:
+        item = self._items[result.id]
+        return AuditRecord(
+            time_us=time_us,
+            source=Source.SIGNER,
+            event=Event.REFUSAL.value,
+            request_id=item.trace[:REQUEST_ID_BYTES],
+            caller=self._caller,
+            key_id=item.key_id,
+            purpose=item.purpose,
+            scheme=item.scheme,
+            code=result.error.rendering.wire if isinstance(result, Refused) else 0,
+            marks=marks_of(item.purpose, authority_key=self.authorities.get(item.key_id, False)),
+            message_hash=sha256(item.message).digest(),
+        ).to_bytes()
 
 
 def key_record(event: Event, record: KeyRecord, *, time_us: int) -> AuditRecord:

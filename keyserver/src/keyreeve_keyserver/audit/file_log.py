@@ -34,7 +34,7 @@ MAX_WAITING_BYTES = 64 * 1024 * 1024  # records that no checkpoint covers, in me
 _GROUP_RECORDS = 16_384
 _OPEN_AGAIN_S = 2.0
 T = TypeVar("T")
-_Waiting = tuple[list[bytes], "asyncio.Future[None]"]
+_Waiting = tuple[Sequence[bytes], "asyncio.Future[None]"]
 
 
 class FileAuditLog:
@@ -70,13 +70,13 @@ class FileAuditLog:
         if not await self._try_open():
             self._tasks.append(asyncio.create_task(self._open_later()))
 
-    async def append(self, records: Sequence[AuditRecord]) -> None:
-        if not records:
+    async def append(self, entries: Sequence[bytes]) -> None:
+        if not entries:
             return
         if self._files is None or self._broken is not None:
             raise self._broken or self._error or _closed()
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.append(([record.to_bytes() for record in records], done))
+        self._queue.append((entries, done))
         self._begin_commit()
         await done
 

@@ -17,10 +17,11 @@ from keyreeve_common.errors import FailedPrecondition, InvalidRequest, KeyreeveE
 from keyreeve_common.files import make_private_directory
 from keyreeve_common.transparency.checkpoint import Checkpoint, verify_checkpoint
 from keyreeve_common.transparency.journal import JournalContent
-from keyreeve_common.transparency.merkle import EMPTY_ROOT, leaf_hash
+from keyreeve_common.transparency.merkle import EMPTY_ROOT
 from keyreeve_common.transparency.tiles import TILE_HEIGHT, TILE_WIDTH, Tile, levels_of, split_hashes
 
 from keyreeve_keyserver.audit.checkpoint_key import CheckpointKey
+from keyreeve_keyserver.audit.hashes import leaf_hashes
 from keyreeve_keyserver.audit.journal_file import JournalFile, create_journal, journal_paths, open_journal
 from keyreeve_keyserver.audit.publication import CHECKPOINT, DIRECTORY_MODE, Snapshot, publish, replace_file
 from keyreeve_keyserver.audit.tree import GrowingTree, HashTile
@@ -197,8 +198,7 @@ class LogFiles:
         raise FailedPrecondition(f"{self.directory / tile.path}: is missing; restore it, or {_NEW_LOG}")
 
     def _take(self, entries: Sequence[bytes]) -> None:
-        for entry in entries:
-            self._full += self._tree.add(leaf_hash(entry))
+        self._full += self._tree.extend(leaf_hashes(entries))
         self._entries += entries
         self.waiting_bytes += sum(map(len, entries))
 

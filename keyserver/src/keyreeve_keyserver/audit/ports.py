@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from keyreeve_common.transparency.records import AuditRecord
-
 
 @dataclass(frozen=True, slots=True)
 class AuditStatus:
@@ -27,8 +25,8 @@ class AuditLog(Protocol):
     async def start(self) -> None:
         """Raises: FailedPrecondition, ConfigInvalid: an operator must act."""
 
-    async def append(self, records: Sequence[AuditRecord]) -> None:
-        """Returns when the records are in the log, all of them, as safe as its fsync policy says. None of them is when this raises.
+    async def append(self, entries: Sequence[bytes]) -> None:
+        """Returns when the records of these encodings are in the log, all of them, as safe as its fsync policy says. None is when this raises.
 
         Raises: AuditUnavailable.
         """
@@ -48,7 +46,7 @@ class NullAuditLog:
     async def start(self) -> None:
         return
 
-    async def append(self, records: Sequence[AuditRecord]) -> None:
+    async def append(self, entries: Sequence[bytes]) -> None:
         return
 
     def status(self) -> AuditStatus:

@@ -22,6 +22,7 @@ from keyreeve_keyserver.audit.tree import HashTile
 DIRECTORY_MODE = 0o750
 FILE_MODE = 0o640
 CHECKPOINT = "checkpoint"
+_FILES_AT_ONCE = 64  # open at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,15 @@ class Snapshot:
 def publish(directory: Path, snapshot: Snapshot, checkpoint: bytes) -> None:
     """Raises: OSError; FailedPrecondition when a file stands there that says otherwise."""
     touched: set[Path] = set()
-    for tile, data in snapshot.files():
-        _write(directory, tile, data, touched)
+    drafts: list[_Draft] = []
+    try:
+        for tile, data in snapshot.files():
+            _write(directory, tile, data, touched, drafts)
+            if len(drafts) >= _FILES_AT_ONCE:
+                _finish(drafts)
+        _finish(drafts)
+    finally:
+        _discard(drafts)
     for parent in sorted(touched):
         sync_directory(parent)
     replace_file(directory / CHECKPOINT, checkpoint)
@@ -63,7 +71,37 @@ def publish(directory: Path, snapshot: Snapshot, checkpoint: bytes) -> None:
                 shutil.rmtree(partials)
 
 
-def _write(directory: Path, tile: Tile, data: bytes, touched: set[Path]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A file that is written, but not yet on disk, and has not its name yet."""
+
+    path: Path
+    draft: Path
+    descriptor: int
+
+
+def _finish(drafts: list[_Draft]) -> None:
+    """Syncs all of them, so that one commit of the file system's journal serves many, then gives them their names and takes them off the list.
+
+    Raises: OSError, and then those that have no name yet are on the list still.
+    """
+    for found in drafts:
+        os.fsync(found.descriptor)
+    while drafts:
+        drafts[-1].draft.rename(drafts[-1].path)
+        os.close(drafts.pop().descriptor)
+
+
+def _discard(drafts: list[_Draft]) -> None:
+    """What has no name is nothing: on a disk that is full it would be in the way."""
+    for found in drafts:
+        os.close(found.descriptor)
+        with suppress(OSError):
+            found.draft.unlink()
+    drafts.clear()
+
+
+def _write(directory: Path, tile: Tile, data: bytes, touched: set[Path], drafts: list[_Draft]) -> None:
     path = directory / tile.path
     with suppress(FileNotFoundError):
         if path.read_bytes() != data:
@@ -73,7 +111,7 @@ def _write(directory: Path, tile: Tile, data: bytes, touched: set[Path]) -> None
             )
         return
     _make_directories(path.parent, touched)
-    _replace(path, data)
+    drafts.append(_draft(path, data))
     touched.add(path.parent)
 
 
@@ -94,11 +132,16 @@ def _make_directories(path: Path, touched: set[Path]) -> None:
 
 def replace_file(path: Path, data: bytes, *, mode: int = FILE_MODE) -> None:
     """The file with this content, on disk when this returns. Raises: OSError."""
-    _replace(path, data, mode=mode)
+    drafts = [_draft(path, data, mode=mode)]
+    try:
+        _finish(drafts)
+    finally:
+        _discard(drafts)
     sync_directory(path.parent)
 
 
-def _replace(path: Path, data: bytes, *, mode: int = FILE_MODE) -> None:
+def _draft(path: Path, data: bytes, *, mode: int = FILE_MODE) -> _Draft:
+    """Raises: OSError, and then nothing is left of it."""
     draft = path.with_name(f".{path.name}.new")
     draft.unlink(missing_ok=True)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -107,11 +150,9 @@ def _replace(path: Path, data: bytes, *, mode: int = FILE_MODE) -> None:
         while view:
             view = view[os.write(descriptor, view) :]
         os.fchmod(descriptor, mode)
-        os.fsync(descriptor)
-        draft.rename(path)
     except OSError:
+        os.close(descriptor)
         with suppress(OSError):
             draft.unlink()
         raise
-    finally:
-        os.close(descriptor)
+    return _Draft(path, draft, descriptor)

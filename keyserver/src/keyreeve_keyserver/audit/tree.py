@@ -5,10 +5,13 @@ At each level stand the hashes of that level's last tile, 0 to 255 of them; a ti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keyreeve_common.transparency.merkle import EMPTY_ROOT, fold_right, perfect_root
+from keyreeve_common.transparency.merkle import EMPTY_ROOT, fold_right
 from keyreeve_common.transparency.tiles import TILE_HEIGHT, TILE_WIDTH, Tile
+
+from keyreeve_keyserver.audit.hashes import root_of_full_tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +29,33 @@ class GrowingTree:
         self.size = size
         self._edges: list[list[bytes]] = edges or [[]]
 
-    def add(self, leaf: bytes) -> list[HashTile]:
-        """Adds one leaf hash; the tiles that became full by it, lowest first."""
+    def extend(self, leaves: Sequence[bytes]) -> list[HashTile]:
+        """Adds leaf hashes; the tiles that became full by them, in the order in which they did."""
         full: list[HashTile] = []
-        self.size += 1
-        level, value = 0, leaf
-        while True:
-            if level == len(self._edges):
-                self._edges.append([])
-            edge = self._edges[level]
-            edge.append(value)
-            if len(edge) < TILE_WIDTH:
-                return full
-            index = (self.size >> (TILE_HEIGHT * (level + 1))) - 1
-            full.append(HashTile(Tile(level, index), tuple(edge)))
-            value = perfect_root(edge)
-            edge.clear()
-            level += 1
+        at = 0
+        while at < len(leaves):
+            edge = self._edges[0]
+            taken = leaves[at : at + TILE_WIDTH - len(edge)]
+            edge += taken
+            at += len(taken)
+            self.size += len(taken)
+            if len(edge) == TILE_WIDTH:
+                self._close(0, full)
+        return full
+
+    def _close(self, level: int, full: list[HashTile]) -> None:
+        """The last tile of this level is full: its root goes one level up."""
+        edge = self._edges[level]
+        index = (self.size >> (TILE_HEIGHT * (level + 1))) - 1
+        full.append(HashTile(Tile(level, index), tuple(edge)))
+        value = root_of_full_tile(edge)
+        edge.clear()
+        if level + 1 == len(self._edges):
+            self._edges.append([])
+        above = self._edges[level + 1]
+        above.append(value)
+        if len(above) == TILE_WIDTH:
+            self._close(level + 1, full)
 
     def root(self) -> bytes:
         rest: bytes | None = None

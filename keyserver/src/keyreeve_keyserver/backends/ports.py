@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from keyreeve_common.errors import Internal, KeyreeveError
 from keyreeve_common.key_id import KeyId
@@ -60,19 +60,23 @@ class CreatedKey:
 OnStep = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class SignRequest:
+class SignRequest(NamedTuple):
     """`deadline` is a time of `time.monotonic`; `prehashed`: `message` is the digest, by the scheme's hash, of what is signed.
 
-    `on_step` is there for requests that are traced: it hears of a step's name, begin and end (Unix microseconds).
+    `on_step` is there for requests that are traced: it hears of a step's name, begin and end (Unix microseconds). A tuple and no dataclass,
+    since there is one for each signature.
     """
 
     record: KeyRecord
     scheme: SignatureScheme
-    message: bytes = field(repr=False)
+    message: bytes
     deadline: float
     prehashed: bool = False
-    on_step: OnStep | None = field(default=None, repr=False, compare=False)
+    on_step: OnStep | None = None
+
+    def __repr__(self) -> str:
+        """Without the message."""
+        return f"SignRequest(key_id={self.record.key_id!r}, scheme={self.scheme.name}, deadline={self.deadline})"
 
 
 SignOutcome = bytes | KeyreeveError

@@ -61,18 +61,18 @@ class Buckets(Generic[K]):
     def __len__(self) -> int:
         return len(self._full_at)
 
-    def after_one(self, key: K, pace: Pace, now_ns: int) -> int:
-        """When this bucket would be full again if one token were taken now. Takes nothing."""
+    def after(self, key: K, pace: Pace, now_ns: int, count: int = 1) -> int:
+        """When this bucket would be full again if `count` tokens were taken now. Takes nothing."""
         full_at = self._full_at.get(key, 0)
         if full_at <= now_ns:
-            return now_ns + pace.interval_ns
+            return now_ns + count * pace.interval_ns
         empty = now_ns + pace.capacity_ns
         if full_at > empty:  # emptied at a slower rate than it has now
             full_at = self._full_at[key] = empty
-        return full_at + pace.interval_ns
+        return full_at + count * pace.interval_ns
 
     def take(self, key: K, full_at: int, now_ns: int) -> None:
-        """Takes the token that `after_one` gave `full_at` for."""
+        """Takes the tokens that `after` gave `full_at` for."""
         self._full_at[key] = full_at
         if len(self._full_at) > self._sweep_at:
             self._full_at = {key: full_at for key, full_at in self._full_at.items() if full_at > now_ns}

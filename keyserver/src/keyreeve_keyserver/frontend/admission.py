@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from keyreeve_common.errors import ErrorCode, Overloaded
 from keyreeve_common.telemetry import log_warning
 
-from keyreeve_keyserver.frames import Refused, SignItem, SignResult
+from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
 
 _QUEUE = 16  # so many outstanding make a queue: what completes while fewer wait tells of latency, not of capacity
 _WEIGHT = 1 / 64  # of one completion in the running mean of what a request costs
@@ -42,11 +42,11 @@ class _Queue:
         """About how long one more request would wait."""
         return max(self.outstanding * self.cost_s, now - self.progress_at) if self.outstanding else 0.0
 
-    def take(self, caller: str, now: float) -> None:
+    def take(self, caller: str, now: float, count: int = 1) -> None:
         if not self.outstanding:
             self.progress_at = now
-        self.outstanding += 1
-        self.of_caller[caller] += 1
+        self.outstanding += count
+        self.of_caller[caller] += count
 
     def give_back(self, caller: str, count: int) -> None:
         self.outstanding -= count
@@ -71,8 +71,15 @@ class Ticket:
     shed: list[Refused]
     _caller: str
     _queues: dict[int, _Queue]  # by item id
+    _only: _Queue | None = None  # the queue of all items
 
     def finish(self, results: Sequence[SignResult], now: float) -> None:
+        if self._only is not None:
+            in_time = sum([type(result) is Signed or not _is_late(result) for result in results])
+            if in_time:
+                self._only.learn(in_time, now)
+            self._only.give_back(self._caller, len(results))
+            return
         ended: Counter[str] = Counter()
         answered: Counter[str] = Counter()
         queues: dict[str, _Queue] = {}
@@ -80,7 +87,7 @@ class Ticket:
             queue = self._queues.pop(result.id)
             queues[queue.name] = queue
             ended[queue.name] += 1
-            answered[queue.name] += not (type(result) is Refused and result.error.code is ErrorCode.DEADLINE_EXCEEDED)
+            answered[queue.name] += not _is_late(result)
         for name, queue in queues.items():
             if answered[name]:
                 queue.learn(answered[name], now)
@@ -100,6 +107,9 @@ class Admission:
         return {name: queue.outstanding for name, queue in self._queues.items()}
 
     def admit(self, caller: str, items: Sequence[SignItem], now: float) -> Ticket:
+        if (queue := self._room_for_all(caller, items, now)) is not None:
+            queue.take(caller, now, len(items))
+            return Ticket(list(items), [], caller, {}, queue)
         ticket = Ticket([], [], caller, {})
         for item in items:
             queue = self._queue(item.key_id)
@@ -113,8 +123,25 @@ class Admission:
                 _log(queue, reason, now)
         return ticket
 
+    def _room_for_all(self, caller: str, items: Sequence[SignItem], now: float) -> _Queue | None:
+        """The one queue of all items where every one of them would be taken; None where they are to be looked at one by one."""
+        names = {self._class_of(key_id) for key_id in {item.key_id for item in items}}
+        if len(names) != 1:
+            return None
+        queue = self._queue_named(names.pop())
+        # As the last of them would find it.
+        before = len(items) - 1
+        last = replace(queue, outstanding=queue.outstanding + before, of_caller=queue.of_caller.copy())
+        last.of_caller[caller] += before
+        if not queue.outstanding:
+            last.progress_at = now
+        deadline_s = min([item.deadline_ms for item in items]) / 1000
+        return queue if self._full(last, caller, deadline_s, now) is None else None
+
     def _queue(self, key_id: str) -> _Queue:
-        name = self._class_of(key_id)
+        return self._queue_named(self._class_of(key_id))
+
+    def _queue_named(self, name: str) -> _Queue:
         queue = self._queues.get(name)
         if queue is None:
             queue = self._queues[name] = _Queue(name)
@@ -137,6 +164,10 @@ class Admission:
         if own >= max(room // (len(queue.of_caller) + (own == 0) + 1), 1):
             return "this caller has its share of the queue"
         return None
+
+
+def _is_late(result: SignResult) -> bool:
+    return isinstance(result, Refused) and result.error.code is ErrorCode.DEADLINE_EXCEEDED
 
 
 def _overloaded(queue: _Queue, reason: str, now: float) -> Overloaded:

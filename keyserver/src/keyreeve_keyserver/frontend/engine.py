@@ -74,12 +74,14 @@ class SigningEngine:
         def final_answer(results: Sequence[SignResult]) -> None:
             now = monotonic()
             ticket.finish(results, now)
-            self.signatures.update([by_id[result.id].key_id for result in results if type(result) is Signed])
-            self.metrics.finished(by_id, results, now - began)
+            answered = [by_id[result.id] for result in results]
+            pairs = zip(answered, results, strict=True)
+            self.signatures.update([item.key_id for item, result in pairs if type(result) is Signed])
+            self.metrics.finished(answered, results, now - began)
             on_results(results)
 
         if ticket.shed:
-            self.metrics.finished(by_id, ticket.shed, 0.0)
+            self.metrics.finished([by_id[result.id] for result in ticket.shed], ticket.shed, 0.0)
             on_results(ticket.shed)
         if ticket.admitted:
             self._link.submit(caller, ticket.admitted, first_answer, timeout_s=timeout_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import datetime
 
@@ -39,12 +39,12 @@ class FrontEndMetrics(MetricSet):
     def submitted(self) -> None:
         self.count("keyreeve_keyserver_batches_total")
 
-    def finished(self, items: Mapping[int, SignItem], results: Sequence[SignResult], seconds: float) -> None:
-        """Results of one batch, `seconds` after it was handed to the signer."""
-        ends = Counter((items[result.id].purpose, _code(result)) for result in results)
+    def finished(self, items: Sequence[SignItem], results: Sequence[SignResult], seconds: float) -> None:
+        """Results of one batch, `seconds` after it was handed to the signer; `items` are what they are the results of, in their order."""
+        ends = Counter([(item.purpose, _code(result)) for item, result in zip(items, results, strict=True)])
         for (purpose, code), times in ends.items():
             self.refused(purpose, code, times=times)
-        signed = Counter(items[result.id].scheme for result in results if type(result) is Signed)
+        signed = Counter([item.scheme for item, result in zip(items, results, strict=True) if type(result) is Signed])
         for scheme, times in signed.items():
             name = _SCHEMES.get(scheme, "unknown")
             self.observe("keyreeve_keyserver_request_seconds", name, seconds=seconds, times=times)

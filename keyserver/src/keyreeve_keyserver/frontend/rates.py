@@ -34,23 +34,26 @@ class RateLimiter:
         self._key_pace = self._pace(config.per_key, config.per_key_burst)
         self._paces: dict[Rate, Pace] = {}
 
-    def admit(self, grant: Grant) -> None:
-        """Takes a token of the grant, of its holder and of its key. Raises: RateExceeded, which says whose bucket is empty and when to retry."""
+    def admit(self, grant: Grant, count: int = 1) -> None:
+        """Takes `count` tokens of the grant, of its holder and of its key, all or none.
+
+        Raises: RateExceeded, which says whose bucket has too few and when to retry.
+        """
         now_ns = self._clock_ns()
         of_grant = self._grant_default if grant.rate is None else self._pace_of(grant.rate)
         of_holder, of_key = self._holder_pace, self._key_pace
         grant_at = holder_at = key_at = 0
         pair = (grant.key_id, grant.holder)
         if of_grant is not None:
-            grant_at = self._of_grants.after_one(pair, of_grant, now_ns)
+            grant_at = self._of_grants.after(pair, of_grant, now_ns, count)
             if grant_at - now_ns > of_grant.capacity_ns:
                 raise _limited("this grant", wait_ns(grant_at, of_grant, now_ns))
         if of_holder is not None:
-            holder_at = self._of_holders.after_one(grant.holder, of_holder, now_ns)
+            holder_at = self._of_holders.after(grant.holder, of_holder, now_ns, count)
             if holder_at - now_ns > of_holder.capacity_ns:
                 raise _limited("this holder", wait_ns(holder_at, of_holder, now_ns))
         if of_key is not None:
-            key_at = self._of_keys.after_one(grant.key_id, of_key, now_ns)
+            key_at = self._of_keys.after(grant.key_id, of_key, now_ns, count)
             if key_at - now_ns > of_key.capacity_ns:
                 raise _limited("this key", wait_ns(key_at, of_key, now_ns))
         if grant_at:
@@ -59,6 +62,11 @@ class RateLimiter:
             self._of_holders.take(grant.holder, holder_at, now_ns)
         if key_at:
             self._of_keys.take(grant.key_id, key_at, now_ns)
+
+    def limits(self, grant: Grant) -> bool:
+        """Whether `admit` has anything to look at for this grant."""
+        of_grant = self._grant_default if grant.rate is None else grant.rate
+        return of_grant is not None or self._holder_pace is not None or self._key_pace is not None
 
     def _pace(self, per_second: int, burst: int) -> Pace | None:
         """None: no limit."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from keyreeve_common.errors import DeadlineExceeded, KeyreeveError, MalformedFrame, Overloaded, Unavailable
 from keyreeve_common.telemetry import log, log_error, log_warning
@@ -46,8 +46,9 @@ class _Connection(asyncio.Protocol):
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - asyncio's own promise for streams
-        self.transport = transport
+        self.transport = cast(
+            "asyncio.Transport", transport
+        )  # asyncio's promise for streams; uvloop's has no base class
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -189,7 +190,7 @@ class SignerLink:
             case frames.Malformed(error):
                 raise MalformedFrame(f"the signer found our frame malformed: {error.detail}")
 
-    def _results(self, number: int, results: tuple[SignResult, ...]) -> None:
+    def _results(self, number: int, results: Sequence[SignResult]) -> None:
         batch = self._batches.get(number)
         if batch is None:
             return

@@ -6,6 +6,7 @@ A refused item never fails its batch, a lost signer never fails a stream. The ca
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -17,20 +18,21 @@ from keyreeve_common.errors import (
     KeyreeveError,
     MessageTooLarge,
     Overloaded,
-    PurposeNotPermitted,
+    RateLimited,
     SchemeNotSupported,
     Unavailable,
 )
 from keyreeve_common.grpc_edge import Peer, current_peer, error_to_proto
-from keyreeve_common.key_id import parse_key_id
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES, Purpose
 from keyreeve_common.telemetry import log, log_exception
 from keyreeve_common.trace import checked_trace
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 
 from keyreeve_keyserver.config import Limits
-from keyreeve_keyserver.frames import MAX_ITEMS, Signed, SignItem, SignResult
+from keyreeve_keyserver.domain.policy import Grant
+from keyreeve_keyserver.frames import MAX_ITEMS, Refused, Signed, SignItem, SignResult, new_item
 from keyreeve_keyserver.frontend.access import Access
+from keyreeve_keyserver.frontend.allowed_uses import AllowedUses
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.quarantine_watch import QuarantineWatch
 from keyreeve_keyserver.frontend.rates import RateLimiter
@@ -41,12 +43,6 @@ from keyreeve_keyserver.frontend.release import ReleaseGate
 MAX_STREAMS_PER_CALLER = 32
 _MAX_SCHEME = 0xFFFF
 _ITEMS_PER_BATCH = 64
-# A provider declares no purpose for what it does not recognise.
-_NO_PURPOSE = (
-    "purpose unspecified is never signed: the message is no handshake of TLS 1.2 with ECDHE or of TLS 1.3, and no certificate "
-    "request; allow only these in the program that asked"
-)
-_PURPOSES = frozenset(int(purpose) for purpose in Purpose if purpose is not Purpose.UNSPECIFIED)
 _DRAIN_RETRY = timedelta(milliseconds=100)
 _Request = keyserver_pb2.SignItem | keyserver_pb2.SignRequest
 
@@ -66,7 +62,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         self.clock = clock
         self.gate = ReleaseGate(access, clock, engine.trail)
         self._watch = watch
-        self._rates = RateLimiter(limits.rates)
+        self.rates = RateLimiter(limits.rates)
         self._refusal_log = RefusalLog()
         self._bound_ms = int(limits.sign_timeout / timedelta(milliseconds=1))
         self._streams: set[_Stream] = set()
@@ -78,7 +74,10 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         item = None
         try:
             self.access.require_admitted(peer.name, self.clock())
-            item = self.judge(peer.name, 0, request, self._deadline_ms(context.time_remaining()), self.clock())
+            uses = self.allowed_uses(peer.name, self.clock())
+            item = self.judge(uses, 0, request, self._deadline_ms(context.time_remaining()))
+            if late := self.admit(uses, [item])[1]:
+                raise late[0].error
             result = await self._sign_one(peer, item)
         except KeyreeveError as error:
             self.refused(peer, [(request.key_id, request.purpose, error)], by_signer=item is not None)
@@ -112,33 +111,60 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         for stream in self._streams:
             stream.end(_draining())
 
-    def judge(self, caller: str, number: int, request: _Request, deadline_ms: int, now: datetime) -> SignItem:
+    def judge(self, uses: AllowedUses, number: int, request: _Request, deadline_ms: int) -> SignItem:
         """The signer's item for a request that this caller may make. Raises: the refusal."""
         try:
-            return self._judged(caller, number, request, deadline_ms, now)
+            return self._judged(uses, number, request, deadline_ms)
         except KeyreeveError as error:
-            self.engine.metrics.refused(request.purpose, error.code.value)
-            self.record_refusal(caller, request, error)
+            self._note_refusal(uses.caller, request, error)
             raise
 
-    def _judged(self, caller: str, number: int, request: _Request, deadline_ms: int, now: datetime) -> SignItem:
+    def admit(self, uses: AllowedUses, items: list[SignItem]) -> tuple[list[SignItem], list[Refused]]:
+        """Those items that the rates let through, and the refusals of the others. A key's items take their tokens together where all fit."""
+        late: dict[int, Refused] = {}
+        counts = Counter([item.key_id for item in items]) if uses.limited else {}
+        for key_id, grant in uses.limited.items():
+            try:
+                self.rates.admit(grant, counts[key_id])
+            except RateLimited:
+                late.update(
+                    {
+                        item.id: refused
+                        for item in items
+                        if item.key_id == key_id and (refused := self._late(uses, grant, item))
+                    }
+                )
+        if not late:
+            return items, []
+        return [item for item in items if item.id not in late], list(late.values())
+
+    def _late(self, uses: AllowedUses, grant: Grant, item: SignItem) -> Refused | None:
+        try:
+            self.rates.admit(grant)
+        except RateLimited as error:
+            self._note_refusal(uses.caller, item, error)
+            return Refused(item.id, error)
+        return None
+
+    def _note_refusal(self, caller: str, request: _Request | SignItem, error: KeyreeveError) -> None:
+        self.engine.metrics.refused(request.purpose, error.code.value)
+        self.record_refusal(caller, request, error)
+
+    def _judged(self, uses: AllowedUses, number: int, request: _Request, deadline_ms: int) -> SignItem:
         message = request.message
         if len(message) > MAX_MESSAGE_BYTES:
             raise MessageTooLarge(f"message has {len(message)} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
-        if request.purpose == Purpose.UNSPECIFIED.value:
-            raise PurposeNotPermitted(_NO_PURPOSE)
-        if request.purpose not in _PURPOSES:
-            raise PurposeNotPermitted(f"purpose {request.purpose} is not one that Keyreeve knows")
-        key_id = parse_key_id(request.key_id)
-        grant = self.access.authorize(caller, key_id, request.purpose, now)
-        if request.scheme > _MAX_SCHEME:
+        purpose, scheme = request.purpose, request.scheme
+        key_id = uses.of(request.key_id, purpose)
+        if scheme > _MAX_SCHEME:
             raise SchemeNotSupported("signature scheme is not a code point of the TLS SignatureScheme registry")
         trace = checked_trace(request.trace)
-        if grant is not None:
-            self._rates.admit(grant)
-        return SignItem(number, key_id, request.scheme, request.purpose, deadline_ms, message, trace)
+        return new_item((number, key_id, scheme, purpose, deadline_ms, message, trace))
 
-    def record_refusal(self, caller: str, request: _Request, error: KeyreeveError) -> None:
+    def allowed_uses(self, caller: str, now: datetime) -> AllowedUses:
+        return AllowedUses(self.access, self.rates, caller, now)
+
+    def record_refusal(self, caller: str, request: _Request | SignItem, error: KeyreeveError) -> None:
         self.engine.trail.refusal(
             caller,
             error,
@@ -255,23 +281,25 @@ class _Stream:
         if not requests:
             return
         self._held += len(requests)
+        ids = [request.id for request in requests]
         try:
             service.access.require_admitted(caller, now)
-            self._check_ids([request.id for request in requests])
+            self._check_ids(ids)
         except KeyreeveError as error:
             self._refuse_all(requests, error)
             return
         accepted: list[SignItem] = []
         refused: list[tuple[int, str, int, KeyreeveError]] = []
-        longest = 1
-        for request in requests:
-            deadline = service.bound_ms(request.deadline_ms)
+        uses = service.allowed_uses(caller, now)
+        for request, number in zip(requests, ids, strict=True):
             try:
-                accepted.append(service.judge(caller, request.id, request, deadline, now))
+                accepted.append(service.judge(uses, number, request, service.bound_ms(request.deadline_ms)))
             except KeyreeveError as error:
-                refused.append((request.id, request.key_id, request.purpose, error))
-                continue
-            longest = max(longest, deadline)
+                refused.append((number, request.key_id, request.purpose, error))
+        accepted, late = service.admit(uses, accepted)
+        if late:
+            asked = {request.id: request for request in requests}
+            refused += [(each.id, asked[each.id].key_id, asked[each.id].purpose, each.error) for each in late]
         if refused:
             service.refused(peer, [entry[1:] for entry in refused])
             shown = [keyserver_pb2.SignResult(id=entry[0], error=error_to_proto(entry[3])) for entry in refused]
@@ -281,7 +309,8 @@ class _Stream:
         log_local(peer, accepted)
         self._outstanding.update([item.id for item in accepted])
         on_results = service.gate.guard(caller, accepted, self._collector(accepted))
-        service.engine.submit(caller, accepted, on_results, timeout_s=longest / 1000)
+        longest_ms = max([item.deadline_ms for item in accepted])
+        service.engine.submit(caller, accepted, on_results, timeout_s=longest_ms / 1000)
 
     def _check_ids(self, ids: list[int]) -> None:
         if len(set(ids)) != len(ids) or not self._outstanding.isdisjoint(ids):
@@ -298,8 +327,18 @@ class _Stream:
     def _collector(self, items: Sequence[SignItem]) -> Callable[[Sequence[SignResult]], None]:
         def collect(results: Sequence[SignResult]) -> None:
             self._outstanding.difference_update([result.id for result in results])
-            self._answer([_to_proto(result) for result in results])
-            self._log_signer_refusals(items, results)
+            answer = keyserver_pb2.SignResultBatch()
+            add = answer.results.add
+            refused = False
+            for result in results:
+                if isinstance(result, Signed):
+                    add(id=result.id, signature=result.signature)
+                else:
+                    add(id=result.id, error=error_to_proto(result.error))
+                    refused = True
+            self.answers.put_nowait(answer)
+            if refused:
+                self._log_signer_refusals(items, results)
             self._close_if_done()
 
         return collect
@@ -314,12 +353,6 @@ class _Stream:
         if refused:
             shown = [(item.key_id, item.purpose, refused[item.id]) for item in items if item.id in refused]
             self._service.refused(self._peer, shown, by_signer=True)
-
-
-def _to_proto(result: SignResult) -> keyserver_pb2.SignResult:
-    if isinstance(result, Signed):
-        return keyserver_pb2.SignResult(id=result.id, signature=result.signature)
-    return keyserver_pb2.SignResult(id=result.id, error=error_to_proto(result.error))
 
 
 def log_local(peer: Peer, items: Sequence[SignItem]) -> None:

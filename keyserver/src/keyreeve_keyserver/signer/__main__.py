@@ -44,6 +44,7 @@ from keyreeve_keyserver.hardening.lockdown import (
 from keyreeve_keyserver.signer.approvals import load_approvals
 from keyreeve_keyserver.signer.config import BackendConfig, BackendKind, KeyCustody, SignerConfig
 from keyreeve_keyserver.signer.controls import ControlService
+from keyreeve_keyserver.signer.judging import KeyTable
 from keyreeve_keyserver.signer.metrics import SignerMetrics
 from keyreeve_keyserver.signer.sealing import (
     KeyEncryptionKey,
@@ -54,9 +55,11 @@ from keyreeve_keyserver.signer.sealing import (
     load_kdf_parameters,
 )
 from keyreeve_keyserver.signer.server import Server
-from keyreeve_keyserver.signer.service import KeyTable, SigningService
+from keyreeve_keyserver.signer.service import SigningService
 
 _CUSTODIES = {KeyCustody.RESIDENT: Custody.TOKEN_RESIDENT, KeyCustody.WRAPPED: Custody.TOKEN_WRAPPED}
+# A batch makes thousands of objects that are no part of a cycle: the usual 700 would have the collector look through them for each.
+GC_THRESHOLDS = (50_000, 20, 100)
 EXIT_CONFIG = 78
 EXIT_PIN = 77
 EXIT_FAULT = 70
@@ -159,6 +162,7 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace, protections:
             await (backend.start(launcher) if isinstance(backend, WorkerBackend) else backend.start())
         await audit.start()
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
 
         def ready() -> None:
             _lock(config, protections, backends)

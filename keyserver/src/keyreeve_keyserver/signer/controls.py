@@ -28,7 +28,7 @@ from keyreeve_common.metrics import samples_to_json
 from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.schemes import KeyType
 from keyreeve_common.telemetry import log, log_warning
-from keyreeve_common.transparency.records import AuditRecord, Event, microseconds
+from keyreeve_common.transparency.records import Event, microseconds
 
 from keyreeve_keyserver.audit.events import front_end_records, key_record
 from keyreeve_keyserver.audit.ports import AuditLog, NullAuditLog
@@ -59,10 +59,10 @@ from keyreeve_keyserver.signer.attestation import (
     public_key_of,
 )
 from keyreeve_keyserver.signer.destruction import MAX_WAIT_SECONDS, DestructionPermit
+from keyreeve_keyserver.signer.judging import KeyTable
 from keyreeve_keyserver.signer.metrics import SignerMetrics
 from keyreeve_keyserver.signer.sealing import Sealer
 from keyreeve_keyserver.signer.self_test import check_signs, load_tested
-from keyreeve_keyserver.signer.service import KeyTable
 
 _REQUIRED = frozenset({"key_id", "key_type", "role", "purposes"})
 _OPTIONAL = frozenset({"backend", "label", "authority_profile", "jwt_profile", "approvals", "request_id"})
@@ -360,11 +360,11 @@ class ControlService:
         """Records what the front end saw or decided, marked as its word."""
         _members(arguments, required=frozenset({"events"}))
         records = front_end_records(arguments["events"], time_us=microseconds(self._now()))
-        await self._audit.append(records)
+        await self._audit.append([record.to_bytes() for record in records])
         return {"recorded": len(records) if self._audit.enabled else 0}
 
-    def _key_record(self, event: Event, record: KeyRecord) -> AuditRecord:
-        return key_record(event, record, time_us=microseconds(self._now()))
+    def _key_record(self, event: Event, record: KeyRecord) -> bytes:
+        return key_record(event, record, time_us=microseconds(self._now())).to_bytes()
 
     def _turn(self, key_id: KeyId) -> asyncio.Lock:
         """What loads a key, or lets it go, does so alone, in the order it came: table and backend say the same of it afterwards."""

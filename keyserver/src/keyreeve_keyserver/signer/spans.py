@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from keyreeve_common.trace import is_sampled
 
@@ -27,7 +27,7 @@ class SpanLog:
 
     @classmethod
     def of(cls, items: Iterable[SignItem]) -> SpanLog:
-        return cls({item.id: item.trace for item in items if is_sampled(item.trace)})
+        return cls({item.id: item.trace for item in items if item.trace[-1] and is_sampled(item.trace)})
 
     def __bool__(self) -> bool:
         return bool(self.traces)
@@ -38,12 +38,15 @@ class SpanLog:
             end_us = max(now_us(), start_us)
             self.spans += [Span(self.traces[n], name, start_us, end_us, detail) for n in ids if n in self.traces]
 
-    def watched(self, item_id: int, request: SignRequest) -> SignRequest:
-        """The request that tells this log of its backend's own steps, where it is traced."""
-        if item_id not in self.traces:
+    def watched(self, ids: Iterable[int], requests: Iterable[SignRequest]) -> list[SignRequest]:
+        """The requests of these items; those that are traced tell this log of their backend's own steps."""
+        return [self._watched(item_id, request) for item_id, request in zip(ids, requests, strict=True)]
+
+    def _watched(self, item_id: int, request: SignRequest) -> SignRequest:
+        trace = self.traces.get(item_id)
+        if trace is None:
             return request
-        trace = self.traces[item_id]
-        return replace(request, on_step=lambda name, start, end: self.spans.append(Span(trace, name, start, end)))
+        return request._replace(on_step=lambda name, start, end: self.spans.append(Span(trace, name, start, end)))
 
     def taken(self) -> tuple[Span, ...]:
         """The steps that were not taken yet."""

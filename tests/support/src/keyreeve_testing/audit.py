@@ -30,16 +30,20 @@ class MemoryAuditLog:
     async def start(self) -> None:
         return
 
-    async def append(self, records: Sequence[AuditRecord]) -> None:
+    async def append(self, entries: Sequence[bytes]) -> None:
         if self.fail:
             raise AuditUnavailable("no space", retry_after=timedelta(seconds=1))
-        self.records += [parse_record(record.to_bytes()) for record in records]
+        self.records += [parse_record(entry) for entry in entries]
 
     def status(self) -> AuditStatus:
         return AuditStatus("unavailable" if self.fail else "ok", recorded=len(self.records))
 
     async def close(self) -> None:
         return
+
+
+def audit_entry(number: int) -> bytes:
+    return audit_record(number).to_bytes()
 
 
 def audit_record(number: int, **changes: Any) -> AuditRecord:
@@ -77,7 +81,7 @@ async def open_audit_log(directory: Path, *, kek: bytes = bytes(32), **changes: 
 async def write_audit_log(directory: Path, count: int, *, first: int = 0, **changes: Any) -> None:
     """Opens a log, appends so many records, closes it."""
     async with open_audit_log(directory, **changes) as log:
-        await log.append([audit_record(number) for number in range(first, first + count)])
+        await log.append([audit_entry(number) for number in range(first, first + count)])
 
 
 def journal_path(directory: Path) -> Path:

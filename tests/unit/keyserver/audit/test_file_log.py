@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import random
 import shutil
@@ -18,12 +19,12 @@ from keyreeve_common.transparency.journal import build_group, read_groups
 from keyreeve_common.transparency.merkle import leaf_hash, tree_root
 from keyreeve_common.transparency.note import parse_vkey
 from keyreeve_common.transparency.records import AuditRecord, parse_record
-from keyreeve_common.transparency.tiles import ENTRIES, split_entries, split_hashes, tiles_of_level
+from keyreeve_common.transparency.tiles import ENTRIES, Tile, split_entries, split_hashes, tiles_of_level
 from keyreeve_keyserver.audit import file_log, journal_file, log_files
 from keyreeve_keyserver.audit.config import AuditConfig, FsyncPolicy
 from keyreeve_keyserver.audit.file_log import FileAuditLog
 from keyreeve_keyserver.audit.tree import GrowingTree
-from keyreeve_testing.audit import audit_record, journal_path, open_audit_log, write_audit_log
+from keyreeve_testing.audit import audit_entry, audit_record, journal_path, open_audit_log, write_audit_log
 
 
 def published(directory: Path) -> tuple[Checkpoint, list[AuditRecord]]:
@@ -75,13 +76,26 @@ async def test_partial_tiles_go_when_the_full_one_is_there(tmp_path: Path) -> No
 
 
 def test_growing_tree_is_the_tree() -> None:
-    tree, leaves = GrowingTree(), []
-    for number in range(70_000):
-        leaf = number.to_bytes(32, "big")
-        leaves.append(leaf)
-        tree.add(leaf)
-        if number % 7_919 == 0 or number in {255, 256, 65_535, 65_536}:
-            assert tree.root() == tree_root(leaves)
+    tree, leaves, full = GrowingTree(), [], []
+    sizes = itertools.cycle((1, 3, 255, 256, 257, 700, 4_000))
+    while len(leaves) < 140_000:
+        new = [number.to_bytes(32, "big") for number in range(len(leaves), len(leaves) + next(sizes))]
+        leaves += new
+        full += tree.extend(new)
+        assert tree.size == len(leaves)
+    assert tree.root() == tree_root(leaves)
+    tiles = [found.tile for found in full]
+    assert [tile.index for tile in tiles if tile.level == 0] == list(range(len(leaves) // 256))
+    assert [tile.index for tile in tiles if tile.level == 1] == list(range(len(leaves) // 65_536))
+    assert tuple(leaves[256:512]) == next(found.hashes for found in full if found.tile == Tile(0, 1))
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 65_535, 65_536, 65_537])
+def test_growing_tree_is_the_tree_at_its_edges(size: int) -> None:
+    tree, leaves = GrowingTree(), [number.to_bytes(32, "big") for number in range(size)]
+    tree.extend(leaves[:-1])
+    tree.extend(leaves[-1:])
+    assert tree.root() == tree_root(leaves)
 
 
 async def test_appends_that_come_together_share_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +108,7 @@ async def test_appends_that_come_together_share_one_write(tmp_path: Path, monkey
 
     monkeypatch.setattr(log_files.LogFiles, "commit", counted)
     async with open_audit_log(tmp_path) as log:
-        await asyncio.gather(*(log.append([audit_record(number)]) for number in range(100)))
+        await asyncio.gather(*(log.append([audit_entry(number)]) for number in range(100)))
     assert sum(groups) == 101
     assert len(groups) < 10
     assert sorted(numbers(published(tmp_path)[1])) == list(range(100))
@@ -114,7 +128,7 @@ async def test_each_policy_syncs_as_it_says(
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
     async with open_audit_log(tmp_path, fsync=policy) as log:
-        await log.append([audit_record(0)])
+        await log.append([audit_entry(0)])
         if policy is FsyncPolicy.ALWAYS:
             assert count[0] >= 1
         elif policy is FsyncPolicy.INTERVAL:
@@ -145,7 +159,7 @@ async def test_any_cut_after_the_checkpoint_leaves_whole_groups(tmp_path: Path) 
     signed = journal_path(tmp_path / "log").stat().st_size
     async with open_audit_log(tmp_path / "log") as log:
         for number in range(20, 40):
-            await log.append([audit_record(number)])
+            await log.append([audit_entry(number)])
         whole = journal_path(tmp_path / "log").read_bytes()
     source = random.Random(1)  # noqa: S311 - to be repeatable, not secret
     for round_ in range(40):
@@ -162,7 +176,7 @@ async def test_any_cut_after_the_checkpoint_leaves_whole_groups(tmp_path: Path) 
 
 async def test_records_after_the_checkpoint_are_published_at_the_next_start(tmp_path: Path) -> None:
     async with open_audit_log(tmp_path / "log") as log:
-        await log.append([audit_record(number) for number in range(600)])
+        await log.append([audit_entry(number) for number in range(600)])
         shutil.copytree(tmp_path / "log", tmp_path / "killed")
     assert published(tmp_path / "killed")[0].size == 0
     await write_audit_log(tmp_path / "killed", 0)
@@ -178,7 +192,7 @@ async def test_crash_between_tiles_and_checkpoint(tmp_path: Path, monkeypatch: p
     log = tmp_path / "log"
     await write_audit_log(log, 100)
     async with open_audit_log(log) as opened:
-        await opened.append([audit_record(number) for number in range(100, 700)])
+        await opened.append([audit_entry(number) for number in range(100, 700)])
         monkeypatch.setattr(publication, "replace_file", broken)
     monkeypatch.undo()
     assert published(log)[0].size == 101
@@ -259,7 +273,7 @@ async def test_tile_that_says_otherwise_is_never_overwritten(tmp_path: Path) -> 
     forged = tmp_path / "tile/entries/000.p/22"
     forged.write_bytes(b"something else")
     async with open_audit_log(tmp_path) as log:
-        await log.append([audit_record(number) for number in range(10, 20)])
+        await log.append([audit_entry(number) for number in range(10, 20)])
     assert forged.read_bytes() == b"something else"
     assert published(tmp_path)[0].size == 11
 
@@ -287,7 +301,7 @@ async def test_new_journal_that_may_not_be_on_disk_is_not_passed_over(
 
     monkeypatch.setattr(journal_file, "sync_directory", failing)
     async with open_audit_log(tmp_path / "log", checkpoint_records=600) as log:
-        await log.append([audit_record(number) for number in range(700)])
+        await log.append([audit_entry(number) for number in range(700)])
         async with asyncio.timeout(20):
             while len(journal_file.journal_paths(tmp_path / "log/journal")) < 2:
                 await asyncio.sleep(0.01)
@@ -337,7 +351,7 @@ async def test_key_encryption_key_that_is_away_is_waited_for(tmp_path: Path, mon
     log = FileAuditLog(AuditConfig(tmp_path), kek, now=lambda: datetime(2026, 1, 1, tzinfo=UTC))
     await log.start()
     with pytest.raises(AuditUnavailable, match="the token is away"):
-        await log.append([audit_record(0)])
+        await log.append([audit_entry(0)])
     assert log.status().state == "unavailable"
     kek.away = False
     await until_appended(log, 0)
@@ -349,7 +363,7 @@ async def until_appended(log: FileAuditLog, number: int) -> None:
     async with asyncio.timeout(20):
         while True:
             try:
-                return await log.append([audit_record(number)])
+                return await log.append([audit_entry(number)])
             except AuditUnavailable:
                 await asyncio.sleep(0.02)
 
@@ -367,16 +381,16 @@ async def test_disk_that_fails_refuses_and_loses_nothing(
         raise OSError(code, os.strerror(code))
 
     async with open_audit_log(tmp_path) as log:
-        await log.append([audit_record(0)])
+        await log.append([audit_entry(0)])
         monkeypatch.setattr(os, call, failing)
         for number in (1, 2):
             with pytest.raises(AuditUnavailable, match="nothing is signed that cannot be recorded") as caught:
-                await log.append([audit_record(number)] * 3)
+                await log.append([audit_entry(number)] * 3)
             assert caught.value.retry_after
         assert log.status().state == "unavailable"
         assert numbers(journaled(tmp_path)) == [0]
         monkeypatch.undo()
-        await log.append([audit_record(3)])
+        await log.append([audit_entry(3)])
         assert log.status().state == "ok"
     assert numbers(published(tmp_path)[1]) == [0, 3]
     assert numbers(journaled(tmp_path)) == [0, 3]
@@ -394,7 +408,7 @@ async def test_checkpoints_that_cannot_be_published_are_caught_up(
     monkeypatch.setattr(file_log, "MAX_WAITING_BYTES", 100)
     async with open_audit_log(tmp_path) as log:
         with pytest.raises(AuditUnavailable, match="too many records wait"):
-            await log.append([audit_record(11)])
+            await log.append([audit_entry(11)])
     monkeypatch.undo()
     await write_audit_log(tmp_path, 1, first=10)
     assert numbers(published(tmp_path)[1]) == list(range(11))
@@ -402,12 +416,12 @@ async def test_checkpoints_that_cannot_be_published_are_caught_up(
 
 async def test_who_gives_up_waiting_takes_nobody_along(tmp_path: Path) -> None:
     async with open_audit_log(tmp_path) as log:
-        waiting = [asyncio.create_task(log.append([audit_record(number)])) for number in range(10)]
+        waiting = [asyncio.create_task(log.append([audit_entry(number)])) for number in range(10)]
         await asyncio.sleep(0)
         waiting[3].cancel()
         ended = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(result) for result in ended if result is not None] == [asyncio.CancelledError]
-        await log.append([audit_record(10)])
+        await log.append([audit_entry(10)])
     found = numbers(published(tmp_path)[1])
     assert set(found) - {3} == set(range(11)) - {3}
 
@@ -416,7 +430,7 @@ async def test_closed_log_takes_nothing(tmp_path: Path) -> None:
     async with open_audit_log(tmp_path) as log:
         pass
     with pytest.raises(AuditUnavailable, match="closed"):
-        await log.append([audit_record(0)])
+        await log.append([audit_entry(0)])
 
 
 @pytest.mark.parametrize("wrong", [{"origin": "a b"}, {"checkpoint_records": 0}])

@@ -19,7 +19,7 @@ gaps = st.lists(st.one_of(st.just(0), st.integers(0, 50), st.integers(0, 100 * S
 
 def admit(buckets: Buckets[str], key: str, pace: Pace, now_ns: int) -> int:
     """What is left to wait; 0 or less: it was admitted."""
-    full_at = buckets.after_one(key, pace, now_ns)
+    full_at = buckets.after(key, pace, now_ns)
     wait = wait_ns(full_at, pace, now_ns)
     if wait <= 0:
         buckets.take(key, full_at, now_ns)

@@ -17,8 +17,9 @@ from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import Control, Refused, SignBatch, Signed, SignItem, SignResult, SignResults
 from keyreeve_keyserver.signer.controls import ControlService
+from keyreeve_keyserver.signer.judging import KeyTable
 from keyreeve_keyserver.signer.sealing import PassphraseKey, Sealer
-from keyreeve_keyserver.signer.service import KeyTable, SigningService
+from keyreeve_keyserver.signer.service import SigningService
 
 MESSAGE = build_tls13_content(Purpose.TLS13_SERVER_VERIFY, bytes(32))
 

@@ -18,8 +18,9 @@ from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import Control, Refused, SignBatch, Signed, SignItem, SignResult, SignResults
 from keyreeve_keyserver.signer.controls import ControlService
+from keyreeve_keyserver.signer.judging import KeyTable
 from keyreeve_keyserver.signer.sealing import PassphraseKey, Sealer
-from keyreeve_keyserver.signer.service import KeyTable, SigningService
+from keyreeve_keyserver.signer.service import SigningService
 from keyreeve_testing.audit import MemoryAuditLog
 
 MESSAGE = build_tls13_content(Purpose.TLS13_SERVER_VERIFY, bytes(32))
@@ -141,10 +142,10 @@ async def test_the_record_comes_first() -> None:
             self.go = asyncio.Event()
             self.asked = asyncio.Event()
 
-        async def append(self, records: Sequence[AuditRecord]) -> None:
+        async def append(self, entries: Sequence[bytes]) -> None:
             self.asked.set()
             await self.go.wait()
-            await super().append(records)
+            await super().append(entries)
 
     audit = SlowLog()
     audit.go.set()

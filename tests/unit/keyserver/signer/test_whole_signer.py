@@ -25,7 +25,8 @@ from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.domain.keys import KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.frames import Refused, SignBatch, Signed, SignItem, SignResult, SignResults
-from keyreeve_keyserver.signer.service import KeyTable, SigningService
+from keyreeve_keyserver.signer.judging import KeyTable
+from keyreeve_keyserver.signer.service import SigningService
 from keyreeve_testing.statements import Crl, Ocsp, at_production, authority_record, jwt_record, token
 from keyreeve_testing.tbs import AUTHORITY_KEY, LEAF, LEAF_KEY, NOW, certification_request_info, handshake_record
 from keyreeve_testing.tls12 import Transcript, key_exchange

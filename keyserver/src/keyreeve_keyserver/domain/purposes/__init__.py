@@ -6,6 +6,7 @@ The key cluster never signs what it does not understand. `FORMS` is the one tabl
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 
 from keyreeve_common.errors import (
@@ -56,21 +57,48 @@ def check_length(message: bytes, high: int) -> None:
         raise MessageTooLarge(f"message has {len(message)} bytes, the limit is {high}")
 
 
-def check_request(message: bytes, record: KeyRecord, *, purpose: int, scheme: int, now: datetime) -> SignatureScheme:
-    """The scheme to sign with, if this key may sign this message for this purpose.
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a key may do for one purpose with one scheme, and the form that it demands of each message.
 
-    Order: purpose known, role and purposes of the sealed record, scheme against key type and purpose, form, no second form.
-    Raises: PurposeNotPermitted, SchemeNotSupported, PurposeMismatch, ProfileViolation.
+    `quick`: the form is compared with a few constants, so that judging it costs next to nothing.
+    """
+
+    record: KeyRecord
+    purpose: Purpose
+    scheme: SignatureScheme
+    form: Form
+    quick: bool
+
+    def check(self, message: bytes, now: datetime) -> None:
+        """Order: form, no second form. Raises: PurposeMismatch, SchemeNotSupported, ProfileViolation."""
+        self.form(message, self.record, self.scheme, now)
+        if self.purpose in _AMBIGUOUS:
+            _check_single_form(message, self.record, self.purpose, self.scheme, now)
+
+
+def rule_for(record: KeyRecord, *, purpose: int, scheme: int) -> Rule:
+    """The rule by which this key signs for this purpose with this scheme: what needs no message is settled here.
+
+    Order: purpose known, role and purposes of the sealed record, scheme against key type and purpose.
+    Raises: PurposeNotPermitted, SchemeNotSupported.
     """
     known = _check_purpose(record, purpose)
     wanted = parse_scheme(scheme)
     check_scheme_fits(wanted, record.key_type)
     if known in _TLS13 and not wanted.facts.tls13:
         raise SchemeNotSupported(f"scheme {wanted.iana_name} is not one of TLS 1.3, as {known.label} needs")
-    FORMS[known](message, record, wanted, now)
-    if known in _AMBIGUOUS:
-        _check_single_form(message, record, known, wanted, now)
-    return wanted
+    return Rule(record, known, wanted, FORMS[known], quick=known in _TLS13)
+
+
+def check_request(message: bytes, record: KeyRecord, *, purpose: int, scheme: int, now: datetime) -> SignatureScheme:
+    """The scheme to sign with, if this key may sign this message for this purpose.
+
+    Raises: PurposeNotPermitted, SchemeNotSupported, PurposeMismatch, ProfileViolation.
+    """
+    rule = rule_for(record, purpose=purpose, scheme=scheme)
+    rule.check(message, now)
+    return rule.scheme
 
 
 def _check_single_form(
