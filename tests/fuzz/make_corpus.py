@@ -15,6 +15,7 @@ from keyreeve_common.errors import KeyNotFound, TokenUnavailable
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import Purpose, build_tls13_content
 from keyreeve_common.schemes import KeyType, SignatureScheme
+from keyreeve_common.sign_batch import pack_items, pack_results, with_count
 from keyreeve_common.transparency.checkpoint import Checkpoint, cosign
 from keyreeve_common.transparency.journal import build_group
 from keyreeve_common.transparency.note import COSIGNATURE_V1, VerifierKey, parse_note
@@ -27,6 +28,7 @@ from keyreeve_testing import statements, tbs, tls12
 from keyreeve_testing.audit import audit_record
 
 _ITEM = frames.SignItem(1, KeyId("key-1"), 0x0403, 1, 2000, build_tls13_content(Purpose.TLS13_SERVER_VERIFY, bytes(32)))
+_TRACED = _ITEM._replace(trace=b"\x01" * 24 + b"\x00")
 _URI = x509.UniformResourceIdentifier(tbs.URI)
 _SIGN = worker.TokenSignItem("key-1", SignatureScheme.ECDSA_SECP256R1_SHA256, 2000, b"message")
 _OCSP = statements.Ocsp()
@@ -60,6 +62,10 @@ SEEDS: dict[str, dict[str, bytes]] = {
         "control_refused": frames.ControlRefused(1, TokenUnavailable("gone", retry_after=timedelta(1))).to_bytes()[4:],
         "malformed": frames.Malformed(KeyNotFound("why")).to_bytes()[4:],
         "stream": frames.Control(1, "health").to_bytes() * 2,
+    },
+    "sign_batch": {
+        "items": with_count(2, pack_items([_TRACED, _TRACED._replace(id=2, message=b"")])),
+        "results": with_count(2, pack_results([frames.Signed(1, b"s" * 70), frames.Refused(2, KeyNotFound())])),
     },
     "worker_frames": {
         "open": worker.Open().to_bytes()[4:],

@@ -8,62 +8,60 @@ from __future__ import annotations
 
 import json
 import re
-import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
-from functools import lru_cache, partial
-from typing import Any, Final, NamedTuple
+from functools import lru_cache
+from typing import Any, Final
 
-from keyreeve_common.errors import MAX_DETAIL_BYTES, InvalidRequest, KeyreeveError, MalformedFrame, error_from_wire
+from keyreeve_common.errors import InvalidRequest, KeyreeveError, MalformedFrame, error_from_wire
 from keyreeve_common.identity import MAX_ID_BYTES, SpiffeId
-from keyreeve_common.key_id import KeyId, parse_key_id
-from keyreeve_common.purposes import MAX_MESSAGE_BYTES
+from keyreeve_common.sign_batch import (
+    MAX_ITEMS,
+    MAX_SIGNATURE_BYTES,
+    NO_TRACE,
+    PackedItems,
+    PackedResults,
+    Refused,
+    Signed,
+    SignItem,
+    SignResult,
+    error_bytes,
+    new_signed,
+    pack_items,
+    pack_results,
+    read_detail,
+    read_error,
+    read_items,
+    scan_results,
+)
 from keyreeve_common.strict_json import parse_strict_json
 from keyreeve_common.trace import TRACE_BYTES
 from keyreeve_common.wire import FrameSplitter, Reader, ascii_text, bytes16, bytes32, u16, u32
 
+# Items and results are common's, since agents build and read them too.
+__all__ = [
+    "MAX_ITEMS",
+    "MAX_SIGNATURE_BYTES",
+    "NO_TRACE",
+    "PackedItems",
+    "PackedResults",
+    "Refused",
+    "SignItem",
+    "SignResult",
+    "Signed",
+]
 VERSION = 2
 MIN_FRAME_BYTES = 2
 MAX_FRAME_BYTES = 8_388_608
-MAX_ITEMS = 256
 MAX_CONTROL_BYTES = 1_048_576
-MAX_SIGNATURE_BYTES = 1_024
-NO_TRACE: Final = bytes(TRACE_BYTES)  # of requests that have no id of their own
 LOCAL_CALLER: Final = "local"
 SIGN_BATCH, SIGN_RESULTS, SPANS = 0x10, 0x90, 0x91
 CONTROL, CONTROL_OK, CONTROL_REFUSED, MALFORMED = 0x20, 0xA0, 0xAF, 0x8F
 _OP = re.compile(r"[a-z_]{1,32}", re.ASCII)
 _SPAN_NAME = re.compile(r"[a-z0-9_.]{1,32}", re.ASCII)
 MAX_SPAN_DETAIL = 64
-_ITEM_HEAD = struct.Struct(">IB")  # id, length of the key id, which follows
-_ITEM_TAIL = struct.Struct(
-    f">HBI{TRACE_BYTES}sI"
-)  # scheme, purpose, deadline_ms, trace, length of the message, which follows
-_SIGNED_HEAD = struct.Struct(">IBH")  # id, code 0, length of the signature, which follows
-_CODE_AT = 4
 _MOST_CALLERS = 1_024
-_MOST_KEY_IDS = 65_536  # remembered in their checked form
 JsonObject = dict[str, Any]
-
-
-class SignItem(NamedTuple):
-    """One signature asked for. `scheme` and `purpose` are numbers as they came: the signer decides what they are worth.
-
-    A tuple and no dataclass, as the results below: there is one for each signature, and a tuple is made in a third of the time.
-    """
-
-    id: int
-    key_id: KeyId
-    scheme: int
-    purpose: int
-    deadline_ms: int
-    message: bytes
-    trace: bytes = NO_TRACE
-
-    def __repr__(self) -> str:
-        """Without the message."""
-        return f"SignItem(id={self.id}, key_id={self.key_id!r}, scheme={self.scheme:#06x}, purpose={self.purpose})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,38 +70,19 @@ class SignBatch:
 
     batch_id: int
     caller: str
-    items: tuple[SignItem, ...]
+    items: Sequence[SignItem]
 
     def to_bytes(self) -> bytes:
         """Raises: InvalidRequest when the batch is empty, or does not fit in one frame."""
         _require_count(len(self.items))
-        parts = [u32(self.batch_id), bytes16(self.caller.encode()), u16(len(self.items))]
-        for item_id, key_id, scheme, purpose, deadline_ms, message, trace in self.items:
-            name = key_id.encode("ascii")
-            tail = _ITEM_TAIL.pack(scheme, purpose, deadline_ms, trace, len(message))
-            parts += (_ITEM_HEAD.pack(item_id, len(name)), name, tail, message)
-        return _frame(SIGN_BATCH, b"".join(parts))
-
-
-class Signed(NamedTuple):
-    id: int
-    signature: bytes
-
-
-class Refused(NamedTuple):
-    id: int
-    error: KeyreeveError
-
-
-SignResult = Signed | Refused
-# As the classes' own calls, in half the time: there is one for each signature.
-new_item: Callable[[tuple[int, KeyId, int, int, int, bytes, bytes]], SignItem] = partial(tuple.__new__, SignItem)
-_new_signed: Callable[[tuple[int, bytes]], Signed] = partial(tuple.__new__, Signed)
+        data = self.items.data if isinstance(self.items, PackedItems) else pack_items(self.items)
+        head = u32(self.batch_id) + bytes16(self.caller.encode()) + u16(len(self.items))
+        return _frame(SIGN_BATCH, head + data)
 
 
 def signed_results(ids: Iterable[int], signatures: Iterable[bytes]) -> list[SignResult]:
     """A result for each of these items, in order."""
-    return list(map(_new_signed, zip(ids, signatures, strict=True)))
+    return list(map(new_signed, zip(ids, signatures, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +94,7 @@ class SignResults:
 
     def to_bytes(self) -> bytes:
         _require_count(len(self.results))
-        parts = [u32(self.batch_id), u16(len(self.results))]
-        for result in self.results:
-            if isinstance(result, Signed):
-                parts += (_SIGNED_HEAD.pack(result.id, 0, len(result.signature)), result.signature)
-            else:
-                parts += (u32(result.id), _error_bytes(result.error))
-        return _frame(SIGN_RESULTS, b"".join(parts))
+        return _frame(SIGN_RESULTS, u32(self.batch_id) + u16(len(self.results)) + pack_results(self.results))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +146,7 @@ class ControlRefused:
     error: KeyreeveError
 
     def to_bytes(self) -> bytes:
-        return _frame(CONTROL_REFUSED, u32(self.request_id) + _error_bytes(self.error))
+        return _frame(CONTROL_REFUSED, u32(self.request_id) + error_bytes(self.error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,18 +186,18 @@ def parse_answer_frame(frame: bytes) -> AnswerFrame:
     reader, kind = _open(frame)
     if kind == SIGN_RESULTS:
         batch_id, count = reader.u32("batch_id"), _read_count(reader)
-        return SignResults(batch_id, _read_results(reader.rest(), count))
+        return SignResults(batch_id, scan_results(reader.rest(), count))
     if kind == SPANS:
         return _read_spans(_read_json(reader))
     if kind == CONTROL_OK:
         return ControlOk(reader.u32("request_id"), _read_json(reader))
     if kind == CONTROL_REFUSED:
         request_id = reader.u32("request_id")
-        refused = ControlRefused(request_id, _read_error(reader, _read_code(reader)))
+        refused = ControlRefused(request_id, read_error(reader, _read_code(reader)))
         reader.finish()
         return refused
     if kind == MALFORMED:
-        malformed = Malformed(error_from_wire(_read_code(reader), _read_detail(reader)))
+        malformed = Malformed(error_from_wire(_read_code(reader), read_detail(reader)))
         reader.finish()
         return malformed
     raise MalformedFrame(f"frame type 0x{kind:02x} is not one that the signer sends")
@@ -242,7 +215,7 @@ def _read_batch(reader: Reader) -> SignBatch:
     batch_id = reader.u32("batch_id")
     caller = _read_caller(reader.bytes16("caller", low=1, high=MAX_ID_BYTES))
     count = _read_count(reader)
-    items = _read_items(reader.rest(), count)
+    items = read_items(reader.rest(), count)
     if len({item.id for item in items}) != len(items):
         raise MalformedFrame("two items of one batch have the same id")
     return SignBatch(batch_id, caller, items)
@@ -263,72 +236,6 @@ def _check_caller(caller: str) -> None:
         SpiffeId.parse(caller)
     except InvalidRequest as error:
         raise MalformedFrame(f"caller: {error.detail}") from None
-
-
-def _read_items(data: bytes, count: int) -> tuple[SignItem, ...]:
-    """`count` items that fill `data`; all in one go, since this is done for each signature. Raises: MalformedFrame."""
-    items: list[SignItem] = []
-    at = 0
-    try:
-        for _ in range(count):
-            item_id, length = _ITEM_HEAD.unpack_from(data, at)
-            at += _ITEM_HEAD.size + length
-            key_id = _read_key_id(data[at - length : at])
-            scheme, purpose, deadline_ms, trace, length = _ITEM_TAIL.unpack_from(data, at)
-            at += _ITEM_TAIL.size + length
-            if length > MAX_MESSAGE_BYTES:
-                raise MalformedFrame(f"message has {length} bytes, allowed are 0 to {MAX_MESSAGE_BYTES}")
-            items.append(new_item((item_id, key_id, scheme, purpose, deadline_ms, data[at - length : at], trace)))
-    except struct.error:
-        raise MalformedFrame("frame ends inside an item") from None
-    if at != len(data):
-        raise _wrong_end(data, at)
-    return tuple(items)
-
-
-@lru_cache(_MOST_KEY_IDS)
-def _read_key_id(name: bytes) -> KeyId:
-    """Raises: MalformedFrame."""
-    try:
-        return parse_key_id(ascii_text(name, "key_id"))
-    except InvalidRequest as error:
-        raise MalformedFrame(error.detail) from None
-
-
-def _read_results(data: bytes, count: int) -> tuple[SignResult, ...]:
-    """`count` results that fill `data`. Raises: MalformedFrame."""
-    results: list[SignResult] = []
-    at = 0
-    try:
-        for _ in range(count):
-            if data[at + _CODE_AT]:
-                refused, at = _read_refused(data, at)
-                results.append(refused)
-                continue
-            item_id, _, length = _SIGNED_HEAD.unpack_from(data, at)
-            at += _SIGNED_HEAD.size + length
-            if not 1 <= length <= MAX_SIGNATURE_BYTES:
-                raise MalformedFrame(f"signature has {length} bytes, allowed are 1 to {MAX_SIGNATURE_BYTES}")
-            results.append(_new_signed((item_id, data[at - length : at])))
-    except (struct.error, IndexError):
-        raise MalformedFrame("frame ends inside a result") from None
-    if at != len(data):
-        raise _wrong_end(data, at)
-    return tuple(results)
-
-
-def _wrong_end(data: bytes, at: int) -> MalformedFrame:
-    over = len(data) - at
-    return MalformedFrame(
-        f"{over} bytes after the end of the frame" if over > 0 else "frame ends inside its last field"
-    )
-
-
-def _read_refused(data: bytes, at: int) -> tuple[Refused, int]:
-    """The refusal at `at`, and where it ends."""
-    reader = Reader(data, at)
-    item_id, code = reader.u32("id"), reader.u8("code")
-    return Refused(item_id, _read_error(reader, code)), reader.at
 
 
 def _read_spans(value: JsonObject) -> Spans:
@@ -365,16 +272,6 @@ def _read_code(reader: Reader) -> int:
     return code
 
 
-def _read_detail(reader: Reader) -> str:
-    return reader.bytes16("detail", high=MAX_DETAIL_BYTES).decode(errors="replace")
-
-
-def _read_error(reader: Reader, code: int) -> KeyreeveError:
-    retry_after_ms = reader.u32("retry_after_ms")
-    retry_after = timedelta(milliseconds=retry_after_ms) if retry_after_ms else None
-    return error_from_wire(code, _read_detail(reader), retry_after)
-
-
 def _read_json(reader: Reader) -> JsonObject:
     value = parse_json_object(reader.bytes32("json", high=MAX_CONTROL_BYTES))
     reader.finish()
@@ -397,13 +294,6 @@ def _json_bytes(value: JsonObject) -> bytes:
     if len(data) > MAX_CONTROL_BYTES:
         raise InvalidRequest(f"control object has {len(data)} bytes, at most {MAX_CONTROL_BYTES} are allowed")
     return data
-
-
-def _error_bytes(error: KeyreeveError) -> bytes:
-    retry_ms = int(error.retry_after / timedelta(milliseconds=1)) if error.retry_after else 0
-    return (
-        bytes((error.rendering.wire,)) + u32(min(max(retry_ms, 0), 0xFFFFFFFF)) + bytes16(error.detail.encode("utf-8"))
-    )
 
 
 def _require_count(count: int) -> None:

@@ -186,9 +186,14 @@ Global___SignItem: _TypeAlias = SignItem  # noqa: Y015
 
 @_typing.final
 class SignBatch(_message.Message):
+    """Either `items` or `packed`. A server that reads `packed` says so in the initial metadata of the stream: `keyreeve-packed: 1`."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ITEMS_FIELD_NUMBER: _builtins.int
+    PACKED_FIELD_NUMBER: _builtins.int
+    packed: _builtins.bytes
+    """docs/protocol/signer-frames.md "packed batch": count and items; answered by packed results"""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignItem]:
         """at most 256"""
@@ -197,10 +202,11 @@ class SignBatch(_message.Message):
         self,
         *,
         items: _abc.Iterable[Global___SignItem] | None = ...,
+        packed: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "packed", b"packed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -239,16 +245,20 @@ class SignResultBatch(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: _builtins.int
+    PACKED_FIELD_NUMBER: _builtins.int
+    packed: _builtins.bytes
+    """count and results, in answer to packed items"""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignResult]: ...
     def __init__(
         self,
         *,
         results: _abc.Iterable[Global___SignResult] | None = ...,
+        packed: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["packed", b"packed", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from keyreeve_common.errors import ErrorCode, Overloaded
+from keyreeve_common.sign_batch import all_signed, deadlines_of, uses_of
 from keyreeve_common.telemetry import log_warning
 
-from keyreeve_keyserver.frames import Refused, Signed, SignItem, SignResult
+from keyreeve_keyserver.frames import Refused, SignItem, SignResult
 
 _QUEUE = 16  # so many outstanding make a queue: what completes while fewer wait tells of latency, not of capacity
 _WEIGHT = 1 / 64  # of one completion in the running mean of what a request costs
@@ -67,7 +68,7 @@ class _Queue:
 class Ticket:
     """The admitted items of one batch, and the refusals of the others. Every result of an admitted item is reported once, to `finish`."""
 
-    admitted: list[SignItem]
+    admitted: Sequence[SignItem]
     shed: list[Refused]
     _caller: str
     _queues: dict[int, _Queue]  # by item id
@@ -75,7 +76,7 @@ class Ticket:
 
     def finish(self, results: Sequence[SignResult], now: float) -> None:
         if self._only is not None:
-            in_time = sum([type(result) is Signed or not _is_late(result) for result in results])
+            in_time = len(results) if all_signed(results) else sum([not _is_late(result) for result in results])
             if in_time:
                 self._only.learn(in_time, now)
             self._only.give_back(self._caller, len(results))
@@ -109,14 +110,15 @@ class Admission:
     def admit(self, caller: str, items: Sequence[SignItem], now: float) -> Ticket:
         if (queue := self._room_for_all(caller, items, now)) is not None:
             queue.take(caller, now, len(items))
-            return Ticket(list(items), [], caller, {}, queue)
-        ticket = Ticket([], [], caller, {})
+            return Ticket(items, [], caller, {}, queue)
+        admitted: list[SignItem] = []
+        ticket = Ticket(admitted, [], caller, {})
         for item in items:
             queue = self._queue(item.key_id)
             reason = self._full(queue, caller, item.deadline_ms / 1000, now)
             if reason is None:
                 queue.take(caller, now)
-                ticket.admitted.append(item)
+                admitted.append(item)
                 ticket._queues[item.id] = queue
             else:
                 ticket.shed.append(Refused(item.id, _overloaded(queue, reason, now)))
@@ -125,7 +127,7 @@ class Admission:
 
     def _room_for_all(self, caller: str, items: Sequence[SignItem], now: float) -> _Queue | None:
         """The one queue of all items where every one of them would be taken; None where they are to be looked at one by one."""
-        names = {self._class_of(key_id) for key_id in {item.key_id for item in items}}
+        names = {self._class_of(key_id) for key_id, _, _ in set(uses_of(items))}
         if len(names) != 1:
             return None
         queue = self._queue_named(names.pop())
@@ -135,7 +137,7 @@ class Admission:
         last.of_caller[caller] += before
         if not queue.outstanding:
             last.progress_at = now
-        deadline_s = min([item.deadline_ms for item in items]) / 1000
+        deadline_s = min(deadlines_of(items)) / 1000
         return queue if self._full(last, caller, deadline_s, now) is None else None
 
     def _queue(self, key_id: str) -> _Queue:

@@ -12,6 +12,7 @@ from typing import Any
 
 from keyreeve_common.errors import DeadlineExceeded, ErrorCode, KeyNotFound, KeyreeveError, KeySelfTestFailed
 from keyreeve_common.key_id import KeyId
+from keyreeve_common.sign_batch import all_signed, uses_of
 from keyreeve_common.telemetry import log_error, log_exception
 from keyreeve_common.tracing import Tracing
 from keyreeve_common.transparency.records import Event
@@ -57,12 +58,15 @@ class SigningEngine:
     def submit(self, caller: str, items: Sequence[SignItem], on_results: OnResults, *, timeout_s: float) -> None:
         """Every item's result reaches `on_results` exactly once; items have distinct ids. What is too much is refused at once."""
         items, on_results = self._traces.follow(items, on_results)
-        by_id = {item.id: item for item in items}
         began = monotonic()
         self.metrics.submitted()
         ticket = self._admission.admit(caller, items, began)
 
         def first_answer(results: Sequence[SignResult]) -> None:
+            if all_signed(results):
+                final_answer(results)
+                return
+            by_id = {item.id: item for item in items}
             unloaded = [by_id[result.id] for result in results if type(result) is Refused and _is_unloaded(result)]
             if not unloaded:
                 final_answer(results)
@@ -74,17 +78,29 @@ class SigningEngine:
         def final_answer(results: Sequence[SignResult]) -> None:
             now = monotonic()
             ticket.finish(results, now)
-            answered = [by_id[result.id] for result in results]
-            pairs = zip(answered, results, strict=True)
-            self.signatures.update([item.key_id for item, result in pairs if type(result) is Signed])
-            self.metrics.finished(answered, results, now - began)
+            self._count(items, results, now - began)
             on_results(results)
 
         if ticket.shed:
-            self.metrics.finished([by_id[result.id] for result in ticket.shed], ticket.shed, 0.0)
+            self._count(items, ticket.shed, 0.0)
             on_results(ticket.shed)
         if ticket.admitted:
             self._link.submit(caller, ticket.admitted, first_answer, timeout_s=timeout_s)
+
+    def _count(self, items: Sequence[SignItem], results: Sequence[SignResult], seconds: float) -> None:
+        """`results` are of some of `items`, or of all."""
+        if len(items) == len(results) and all_signed(results):
+            signed = Counter(uses_of(items))
+        else:
+            by_id = {item.id: item for item in items}
+            answered = [(by_id[result.id], result) for result in results]
+            signed = Counter(
+                [(item.key_id, item.purpose, item.scheme) for item, result in answered if type(result) is Signed]
+            )
+            self.metrics.refused_by_signer([(item.purpose, result) for item, result in answered])
+        for (key_id, _, _), times in signed.items():
+            self.signatures[key_id] += times
+        self.metrics.signed(signed, seconds)
 
     def forget(self, key_id: KeyId) -> None:
         """Has the signer drop a key that was disabled or destroyed; it would refuse nothing by itself."""

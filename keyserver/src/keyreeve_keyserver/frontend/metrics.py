@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import datetime
 
 from keyreeve_common.errors import KeyreeveError
+from keyreeve_common.key_id import KeyId
 from keyreeve_common.metrics import MetricSet, Sample, samples_from_json
 from keyreeve_common.purposes import Purpose
 from keyreeve_common.schemes import SignatureScheme
 
-from keyreeve_keyserver.frames import Signed, SignItem, SignResult
+from keyreeve_keyserver.frames import Refused, SignResult
 from keyreeve_keyserver.frontend.access import Access
 from keyreeve_keyserver.frontend.admission import Admission
 from keyreeve_keyserver.frontend.signer_link import SignerLink
@@ -39,13 +40,19 @@ class FrontEndMetrics(MetricSet):
     def submitted(self) -> None:
         self.count("keyreeve_keyserver_batches_total")
 
-    def finished(self, items: Sequence[SignItem], results: Sequence[SignResult], seconds: float) -> None:
-        """Results of one batch, `seconds` after it was handed to the signer; `items` are what they are the results of, in their order."""
-        ends = Counter([(item.purpose, _code(result)) for item, result in zip(items, results, strict=True)])
-        for (purpose, code), times in ends.items():
-            self.refused(purpose, code, times=times)
-        signed = Counter([item.scheme for item, result in zip(items, results, strict=True) if type(result) is Signed])
-        for scheme, times in signed.items():
+    def refused_by_signer(self, results: Iterable[tuple[int, SignResult]]) -> None:
+        """Those of these results, each behind its purpose, that are refusals."""
+        for purpose, result in results:
+            if isinstance(result, Refused):
+                self.refused(purpose, result.error.code.value)
+
+    def signed(self, uses: Counter[tuple[KeyId, int, int]], seconds: float) -> None:
+        """So many signatures of each key, purpose and scheme, `seconds` after they were handed to the signer."""
+        schemes: Counter[int] = Counter()
+        for (_, purpose, scheme), times in uses.items():
+            self.refused(purpose, OK, times=times)
+            schemes[scheme] += times
+        for scheme, times in schemes.items():
             name = _SCHEMES.get(scheme, "unknown")
             self.observe("keyreeve_keyserver_request_seconds", name, seconds=seconds, times=times)
 
@@ -68,10 +75,6 @@ class FrontEndMetrics(MetricSet):
             lambda: [((name,), float(count)) for name, count in admission.outstanding().items()],
         )
         self.gauge("keyreeve_keyserver_svid_expiry_timestamp_seconds", lambda: _expiry(identity))
-
-
-def _code(result: SignResult) -> str:
-    return OK if type(result) is Signed else result.error.code.value  # type: ignore[union-attr]
 
 
 def _expiry(identity: TlsIdentity) -> float | None:

@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from keyreeve_common.errors import DeadlineExceeded, KeyreeveError, MalformedFrame, Overloaded, Unavailable
+from keyreeve_common.sign_batch import ids_of
 from keyreeve_common.telemetry import log, log_error, log_warning
 
 from keyreeve_keyserver import frames
-from keyreeve_keyserver.frames import Control, Refused, SignBatch, SignItem, SignResult
+from keyreeve_keyserver.frames import (
+    Control,
+    PackedItems,
+    PackedResults,
+    Refused,
+    SignBatch,
+    SignItem,
+    SignResult,
+)
 
 RETRY_AFTER = timedelta(milliseconds=250)
 _ITEM_OVERHEAD = 96
@@ -157,7 +166,7 @@ class SignerLink:
             self._submit_part(caller, part, on_results, timeout_s)
 
     def _submit_part(self, caller: str, items: Sequence[SignItem], on_results: OnResults, timeout_s: float) -> None:
-        size = sum(len(item.message) for item in items)
+        size = len(items.data) if isinstance(items, PackedItems) else sum([len(item.message) for item in items])
         if self._connection is None or self._in_flight + size > self._limit:
             error = _not_connected() if self._connection is None else _overloaded()
             on_results([Refused(item.id, error) for item in items])
@@ -165,9 +174,9 @@ class SignerLink:
         number = self._next_number()
         loop = asyncio.get_running_loop()
         timer = loop.call_later(timeout_s + _SLACK_S, self._timed_out, number)
-        self._batches[number] = _PendingBatch({item.id for item in items}, size, on_results, timer)
+        self._batches[number] = _PendingBatch(set(ids_of(items)), size, on_results, timer)
         self._in_flight += size
-        self._write(SignBatch(number, caller, tuple(items)).to_bytes())
+        self._write(SignBatch(number, caller, items).to_bytes())
 
     def _next_number(self) -> int:
         return next(self._numbers) & 0xFFFFFFFF
@@ -194,8 +203,10 @@ class SignerLink:
         batch = self._batches.get(number)
         if batch is None:
             return
-        wanted = [result for result in results if result.id in batch.waiting]
-        batch.waiting.difference_update([result.id for result in wanted])
+        wanted = results
+        if not (isinstance(results, PackedResults) and batch.waiting.issuperset(results.ids)):
+            wanted = [result for result in results if result.id in batch.waiting]
+        batch.waiting.difference_update(ids_of(wanted))
         if not batch.waiting:
             self._finish(number)
         if wanted:
@@ -239,7 +250,7 @@ class SignerLink:
 def _parts(items: Sequence[SignItem]) -> Iterator[Sequence[SignItem]]:
     """`items` in pieces that each fit in one frame."""
     if len(items) <= frames.MAX_ITEMS // 4:  # 64 messages of 64 KiB and their heads fit always
-        yield items[: len(items)]
+        yield items
         return
     start = size = 0
     for index, item in enumerate(items):

@@ -12,9 +12,6 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from keyreeve_common.errors import (
-    ErrorCode,
-    Internal,
-    InvalidRequest,
     KeyreeveError,
     MessageTooLarge,
     Overloaded,
@@ -22,15 +19,23 @@ from keyreeve_common.errors import (
     SchemeNotSupported,
     Unavailable,
 )
-from keyreeve_common.grpc_edge import Peer, current_peer, error_to_proto
-from keyreeve_common.purposes import MAX_MESSAGE_BYTES, Purpose
-from keyreeve_common.telemetry import log, log_exception
+from keyreeve_common.grpc_edge import Peer, current_peer
+from keyreeve_common.purposes import MAX_MESSAGE_BYTES
+from keyreeve_common.sign_batch import (
+    PACKED_METADATA,
+    PackedItems,
+    Refused,
+    Signed,
+    SignItem,
+    SignResult,
+    new_item,
+    uses_of,
+)
 from keyreeve_common.trace import checked_trace
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 
 from keyreeve_keyserver.config import Limits
 from keyreeve_keyserver.domain.policy import Grant
-from keyreeve_keyserver.frames import MAX_ITEMS, Refused, Signed, SignItem, SignResult, new_item
 from keyreeve_keyserver.frontend.access import Access
 from keyreeve_keyserver.frontend.allowed_uses import AllowedUses
 from keyreeve_keyserver.frontend.engine import SigningEngine
@@ -38,13 +43,13 @@ from keyreeve_keyserver.frontend.quarantine_watch import QuarantineWatch
 from keyreeve_keyserver.frontend.rates import RateLimiter
 from keyreeve_keyserver.frontend.refusal_log import RefusalLog
 from keyreeve_keyserver.frontend.release import ReleaseGate
+from keyreeve_keyserver.frontend.sign_stream import SignStream, log_local
 
 # An agent has one for each replica. Each may hold a batch that waits for room, of 16 MiB.
 MAX_STREAMS_PER_CALLER = 32
 _MAX_SCHEME = 0xFFFF
-_ITEMS_PER_BATCH = 64
 _DRAIN_RETRY = timedelta(milliseconds=100)
-_Request = keyserver_pb2.SignItem | keyserver_pb2.SignRequest
+_Request = keyserver_pb2.SignItem | keyserver_pb2.SignRequest | SignItem
 
 
 class SigningServicer(keyserver_pb2_grpc.SigningServicer):
@@ -65,7 +70,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         self.rates = RateLimiter(limits.rates)
         self._refusal_log = RefusalLog()
         self._bound_ms = int(limits.sign_timeout / timedelta(milliseconds=1))
-        self._streams: set[_Stream] = set()
+        self._streams: set[SignStream] = set()
         engine.metrics.streams = self._streams
         self._draining = False
 
@@ -90,15 +95,16 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         peer = current_peer()
         if not peer.local and sum(stream.caller == peer.name for stream in self._streams) >= MAX_STREAMS_PER_CALLER:
             raise Overloaded(f"{MAX_STREAMS_PER_CALLER} streams of this caller are open, the most allowed; use those")
-        stream = _Stream(self, peer)
+        await context.send_initial_metadata(((PACKED_METADATA, "1"),))
+        stream = SignStream(self, peer)
         self._streams.add(stream)
         reader = asyncio.create_task(stream.read(request_iterator))
         if self._draining:
             stream.end(_draining())
         try:
             while (answer := await stream.answers.get()) is not None:
-                yield answer
-                stream.release(len(answer.results))
+                yield answer.message
+                stream.release(answer.count)
         finally:
             self._streams.discard(stream)
             reader.cancel()
@@ -119,10 +125,10 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
             self._note_refusal(uses.caller, request, error)
             raise
 
-    def admit(self, uses: AllowedUses, items: list[SignItem]) -> tuple[list[SignItem], list[Refused]]:
+    def admit(self, uses: AllowedUses, items: Sequence[SignItem]) -> tuple[Sequence[SignItem], list[Refused]]:
         """Those items that the rates let through, and the refusals of the others. A key's items take their tokens together where all fit."""
         late: dict[int, Refused] = {}
-        counts = Counter([item.key_id for item in items]) if uses.limited else {}
+        counts = Counter([use[0] for use in uses_of(items)]) if uses.limited else {}
         for key_id, grant in uses.limited.items():
             try:
                 self.rates.admit(grant, counts[key_id])
@@ -146,7 +152,7 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
             return Refused(item.id, error)
         return None
 
-    def _note_refusal(self, caller: str, request: _Request | SignItem, error: KeyreeveError) -> None:
+    def _note_refusal(self, caller: str, request: _Request, error: KeyreeveError) -> None:
         self.engine.metrics.refused(request.purpose, error.code.value)
         self.record_refusal(caller, request, error)
 
@@ -161,10 +167,21 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         trace = checked_trace(request.trace)
         return new_item((number, key_id, scheme, purpose, deadline_ms, message, trace))
 
+    def lets_through(self, uses: AllowedUses, items: PackedItems) -> bool:
+        """Whether every one of these may be signed as it stands; else they are to be judged one by one, each for its own refusal."""
+        if min(items.deadlines_ms) == 0 or max(items.deadlines_ms) > self._bound_ms:
+            return False
+        try:
+            for key_id, purpose, _ in set(items.uses):
+                uses.of(key_id, purpose)
+        except KeyreeveError:
+            return False
+        return True
+
     def allowed_uses(self, caller: str, now: datetime) -> AllowedUses:
         return AllowedUses(self.access, self.rates, caller, now)
 
-    def record_refusal(self, caller: str, request: _Request | SignItem, error: KeyreeveError) -> None:
+    def record_refusal(self, caller: str, request: _Request, error: KeyreeveError) -> None:
         self.engine.trail.refusal(
             caller,
             error,
@@ -203,163 +220,6 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         if isinstance(result, Signed):
             return result.signature
         raise result.error
-
-
-class _Stream:
-    """One SignStream: about `batches_per_stream` batches' worth of items between their reading and the sending of their results.
-
-    Then reading waits, and HTTP/2 holds the client back: one that sends and never reads costs bounded memory. Items are counted, not
-    batches: a batch with one slow item has most of its room back at once.
-    """
-
-    def __init__(self, service: SigningServicer, peer: Peer) -> None:
-        self.answers: asyncio.Queue[keyserver_pb2.SignResultBatch | None] = asyncio.Queue()
-        self.ending: KeyreeveError | None = None
-        self._service = service
-        self._peer = peer
-        self.caller = peer.name
-        self._outstanding: set[int] = set()
-        self._room = service.limits.batches_per_stream * _ITEMS_PER_BATCH
-        self._held = 0
-        self._released = asyncio.Event()
-        self._read_ended = False
-
-    async def read(self, batches: AsyncIterator[keyserver_pb2.SignBatch]) -> None:
-        try:
-            async for batch in batches:
-                while self._held >= self._room and not self._read_ended:
-                    self._released.clear()
-                    await self._released.wait()
-                if self._read_ended:  # it ended while this batch waited
-                    return
-                self._take_guarded(batch)
-            self.end(None)
-        except KeyreeveError as error:
-            self.end(error)
-        except asyncio.CancelledError:
-            self.end(None)
-            raise
-        except Exception:  # the client went away in the middle of a message
-            self.end(None)
-
-    def _take_guarded(self, batch: keyserver_pb2.SignBatch) -> None:
-        """A fault of ours ends the stream by name: unanswered items in a stream that ended well would be waited for."""
-        try:
-            self._take(batch)
-        except KeyreeveError:
-            raise
-        except Exception:
-            log_exception("stream_failed", caller=self.caller)
-            raise Internal("internal error; the server's log has the cause") from None
-
-    def release(self, count: int) -> None:
-        """So many results were sent."""
-        self._held -= count
-        self._released.set()
-
-    def end(self, error: KeyreeveError | None) -> None:
-        """No more batches are taken; the stream ends when the last result is out."""
-        if self._read_ended:
-            return
-        self._read_ended = True
-        self._released.set()
-        self.ending = error
-        self._close_if_done()
-
-    def _close_if_done(self) -> None:
-        if self._read_ended and not self._outstanding:
-            self.answers.put_nowait(None)
-
-    def _take(self, batch: keyserver_pb2.SignBatch) -> None:
-        service, peer, caller = self._service, self._peer, self.caller
-        now = service.clock()
-        if not peer.local:
-            peer.require_svid(now)
-        requests = batch.items
-        if len(requests) > MAX_ITEMS:
-            raise InvalidRequest(f"batch has {len(requests)} items, at most {MAX_ITEMS} are allowed")
-        if not requests:
-            return
-        self._held += len(requests)
-        ids = [request.id for request in requests]
-        try:
-            service.access.require_admitted(caller, now)
-            self._check_ids(ids)
-        except KeyreeveError as error:
-            self._refuse_all(requests, error)
-            return
-        accepted: list[SignItem] = []
-        refused: list[tuple[int, str, int, KeyreeveError]] = []
-        uses = service.allowed_uses(caller, now)
-        for request, number in zip(requests, ids, strict=True):
-            try:
-                accepted.append(service.judge(uses, number, request, service.bound_ms(request.deadline_ms)))
-            except KeyreeveError as error:
-                refused.append((number, request.key_id, request.purpose, error))
-        accepted, late = service.admit(uses, accepted)
-        if late:
-            asked = {request.id: request for request in requests}
-            refused += [(each.id, asked[each.id].key_id, asked[each.id].purpose, each.error) for each in late]
-        if refused:
-            service.refused(peer, [entry[1:] for entry in refused])
-            shown = [keyserver_pb2.SignResult(id=entry[0], error=error_to_proto(entry[3])) for entry in refused]
-            self._answer(shown)
-        if not accepted:
-            return
-        log_local(peer, accepted)
-        self._outstanding.update([item.id for item in accepted])
-        on_results = service.gate.guard(caller, accepted, self._collector(accepted))
-        longest_ms = max([item.deadline_ms for item in accepted])
-        service.engine.submit(caller, accepted, on_results, timeout_s=longest_ms / 1000)
-
-    def _check_ids(self, ids: list[int]) -> None:
-        if len(set(ids)) != len(ids) or not self._outstanding.isdisjoint(ids):
-            raise InvalidRequest("an item id stands twice among the outstanding items of this stream")
-
-    def _refuse_all(self, requests: Sequence[keyserver_pb2.SignItem], error: KeyreeveError) -> None:
-        self._service.refused(self._peer, [("", 0, error)])
-        for request in requests:
-            self._service.engine.metrics.refused(request.purpose, error.code.value)
-            self._service.record_refusal(self.caller, request, error)
-        shown = error_to_proto(error)
-        self._answer([keyserver_pb2.SignResult(id=request.id, error=shown) for request in requests])
-
-    def _collector(self, items: Sequence[SignItem]) -> Callable[[Sequence[SignResult]], None]:
-        def collect(results: Sequence[SignResult]) -> None:
-            self._outstanding.difference_update([result.id for result in results])
-            answer = keyserver_pb2.SignResultBatch()
-            add = answer.results.add
-            refused = False
-            for result in results:
-                if isinstance(result, Signed):
-                    add(id=result.id, signature=result.signature)
-                else:
-                    add(id=result.id, error=error_to_proto(result.error))
-                    refused = True
-            self.answers.put_nowait(answer)
-            if refused:
-                self._log_signer_refusals(items, results)
-            self._close_if_done()
-
-        return collect
-
-    def _answer(self, results: list[keyserver_pb2.SignResult]) -> None:
-        self.answers.put_nowait(keyserver_pb2.SignResultBatch(results=results))
-
-    def _log_signer_refusals(self, items: Sequence[SignItem], results: Sequence[SignResult]) -> None:
-        refused = {result.id: result.error for result in results if not isinstance(result, Signed)}
-        # What was shed is on record by class (`load_shed`): a line for each batch would make the load worse.
-        refused = {item_id: error for item_id, error in refused.items() if error.code is not ErrorCode.OVERLOADED}
-        if refused:
-            shown = [(item.key_id, item.purpose, refused[item.id]) for item in items if item.id in refused]
-            self._service.refused(self._peer, shown, by_signer=True)
-
-
-def log_local(peer: Peer, items: Sequence[SignItem]) -> None:
-    """Signatures asked for through the admin socket are rare and each is on record."""
-    if peer.local:
-        for item in items:
-            log("local_signature", key_id=item.key_id, purpose=Purpose(item.purpose).label, scheme=item.scheme)
 
 
 def _draining() -> Unavailable:

@@ -15,7 +15,7 @@ from keyreeve_common.trace import is_sampled, unsampled
 from keyreeve_common.tracing import Attributes, Span, Tracing
 
 from keyreeve_keyserver import frames
-from keyreeve_keyserver.frames import Signed, SignItem, SignResult
+from keyreeve_keyserver.frames import PackedItems, Signed, SignItem, SignResult
 from keyreeve_keyserver.frontend.signer_link import OnResults
 
 REQUEST = "keyserver.sign"
@@ -32,7 +32,7 @@ class RequestTraces:
 
     def follow(self, items: Sequence[SignItem], on_results: OnResults) -> tuple[Sequence[SignItem], OnResults]:
         """The items with their spans as new parents, and `on_results` that ends each span with its item's result."""
-        if not any(is_sampled(item.trace) for item in items):
+        if not (items.sampled if isinstance(items, PackedItems) else any(is_sampled(item.trace) for item in items)):
             return items, on_results
         spans: dict[int, Span] = {}
         traced = [self._followed(item, spans) if is_sampled(item.trace) else item for item in items]

@@ -8,18 +8,32 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
-from keyreeve_common.errors import Internal, Overloaded, SvidExpired, Unavailable
+from keyreeve_common.errors import ErrorCode, Internal, InvalidRequest, Overloaded, SvidExpired, Unavailable
 from keyreeve_common.grpc_edge import Peer, _current_peer
+from keyreeve_common.key_id import KeyId
+from keyreeve_common.sign_batch import (
+    PackedItems,
+    Refused,
+    Signed,
+    SignItem,
+    SignResult,
+    pack_items,
+    pack_results,
+    read_results,
+    scan_results,
+    split_count,
+    with_count,
+)
 from keyreeve_common.v1 import keyserver_pb2
 from keyreeve_common.x509_svid import parse_x509_svid
 from keyreeve_keyserver.config import Limits
-from keyreeve_keyserver.frames import Signed, SignItem
 from keyreeve_keyserver.frontend.access import Access
 from keyreeve_keyserver.frontend.audit_trail import AuditTrail
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
+from keyreeve_keyserver.frontend.sign_stream import ITEMS_PER_BATCH
 from keyreeve_keyserver.frontend.signer_link import OnResults
-from keyreeve_keyserver.frontend.signing import _ITEMS_PER_BATCH, MAX_STREAMS_PER_CALLER, SigningServicer
+from keyreeve_keyserver.frontend.signing import MAX_STREAMS_PER_CALLER, SigningServicer
 from keyreeve_testing.keyserver import sign_item
 from keyreeve_testing.pki import TestPki
 
@@ -57,6 +71,16 @@ class ScriptedEngine:
         on_results([Signed(item.id, b"s") for item in items])
 
 
+class Context:
+    """The transport: keeps what the stream says of itself at its begin."""
+
+    def __init__(self) -> None:
+        self.metadata: tuple[tuple[str, str], ...] = ()
+
+    async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        self.metadata = metadata
+
+
 class Rig:
     def __init__(self, *, batches_per_stream: int = 32) -> None:
         self.now = datetime.now(UTC)
@@ -76,7 +100,7 @@ class Rig:
 
     def open(self) -> AsyncIterator[keyserver_pb2.SignResultBatch]:
         _current_peer.set(self.peer)
-        return self.service.SignStream(self._requests(), cast("Any", None))
+        return self.service.SignStream(self._requests(), cast("Any", Context()))
 
     def send(self, number: int) -> None:
         self.sent.put_nowait(keyserver_pb2.SignBatch(items=[sign_item(number, KEY_ID)]))
@@ -95,7 +119,7 @@ async def turns(count: int = 50) -> None:
 
 async def test_a_client_that_never_reads_is_held_back() -> None:
     rig = Rig(batches_per_stream=1)
-    room = _ITEMS_PER_BATCH
+    room = ITEMS_PER_BATCH
     stream = rig.open()
     for number in range(2 * room):
         rig.send(number)
@@ -114,13 +138,13 @@ async def test_a_client_that_never_reads_is_held_back() -> None:
 async def test_a_batch_with_one_slow_item_gives_the_room_of_the_others_back() -> None:
     rig = Rig(batches_per_stream=1)
     stream = rig.open()
-    numbers = range(_ITEMS_PER_BATCH)
+    numbers = range(ITEMS_PER_BATCH)
     rig.sent.put_nowait(keyserver_pb2.SignBatch(items=[sign_item(number, KEY_ID) for number in numbers]))
     first = asyncio.ensure_future(anext(stream))
     await rig.until_submitted(1)
     items, on_results = rig.engine.waiting.pop(0)
     on_results([Signed(item.id, b"s") for item in items[1:]])
-    assert len((await first).results) == _ITEMS_PER_BATCH - 1
+    assert len((await first).results) == ITEMS_PER_BATCH - 1
     rig.send(1000)
     second = asyncio.ensure_future(anext(stream))
     await rig.until_submitted(2)  # while the first item of the first batch is still under way
@@ -132,19 +156,19 @@ async def test_a_batch_with_one_slow_item_gives_the_room_of_the_others_back() ->
 async def test_a_stream_that_ends_while_a_batch_waits_for_room_ends() -> None:
     rig = Rig(batches_per_stream=1)
     stream = rig.open()
-    for number in range(_ITEMS_PER_BATCH + 1):
+    for number in range(ITEMS_PER_BATCH + 1):
         rig.send(number)
     first = asyncio.ensure_future(anext(stream))
-    await rig.until_submitted(_ITEMS_PER_BATCH)
+    await rig.until_submitted(ITEMS_PER_BATCH)
     rig.service.drain()
-    for _ in range(_ITEMS_PER_BATCH):
+    for _ in range(ITEMS_PER_BATCH):
         rig.engine.answer()
     await first
-    for _ in range(_ITEMS_PER_BATCH - 1):
+    for _ in range(ITEMS_PER_BATCH - 1):
         await anext(stream)
     with pytest.raises(Unavailable):
         await anext(stream)
-    assert rig.engine.count == _ITEMS_PER_BATCH
+    assert rig.engine.count == ITEMS_PER_BATCH
 
 
 async def test_expired_svid_ends_the_stream_after_its_answers() -> None:
@@ -214,7 +238,7 @@ async def test_one_caller_has_so_many_streams_and_takes_none_of_others() -> None
     await turns()
     refused = [task for task in reading if task.done()]
     assert [type(task.exception()) for task in refused] == [Overloaded]
-    other = rig.service.SignStream(rig._requests(), cast("Any", None))
+    other = rig.service.SignStream(rig._requests(), cast("Any", Context()))
     svid = TestPki().svid("agent/b", not_after=rig.now + timedelta(hours=1))
     _current_peer.set(Peer(svid=parse_x509_svid(svid.chain[0])))
     of_other = asyncio.create_task(anext(other))
@@ -228,3 +252,97 @@ async def test_one_caller_has_so_many_streams_and_takes_none_of_others() -> None
     await turns()
     assert not again.done()
     again.cancel()
+
+
+def packed(*items: SignItem) -> keyserver_pb2.SignBatch:
+    return keyserver_pb2.SignBatch(packed=with_count(len(items), pack_items(items)))
+
+
+def unpacked(answer: keyserver_pb2.SignResultBatch) -> Sequence[SignResult]:
+    count, data = split_count(answer.packed)
+    return read_results(data, count)
+
+
+def packed_item(number: int, **changes: Any) -> SignItem:
+    return SignItem(number, KeyId(KEY_ID), 0x0403, 1, 1_000, b"m", b"\x01" * 16 + bytes(9))._replace(**changes)
+
+
+async def test_a_packed_batch_goes_on_as_it_came_and_is_answered_packed() -> None:
+    rig = Rig()
+    stream = rig.open()
+    rig.sent.put_nowait(packed(packed_item(1), packed_item(2)))
+    answer = asyncio.ensure_future(anext(stream))
+    await rig.until_submitted(1)
+    items, on_results = rig.engine.waiting.pop(0)
+    assert isinstance(items, PackedItems)
+    data = pack_results([Signed(1, b"one"), Signed(2, b"two")])
+    on_results(scan_results(data, 2))
+    assert (await answer).packed == with_count(2, data)
+    await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def test_refusals_of_a_packed_batch_are_packed_and_leave_their_neighbours_alone() -> None:
+    rig = Rig()
+    stream = rig.open()
+    rig.sent.put_nowait(packed(packed_item(1), packed_item(2, purpose=0), packed_item(3, purpose=99)))
+    refused = unpacked(await anext(stream))
+    assert [(result.id, result.error.code) for result in refused if isinstance(result, Refused)] == [
+        (2, ErrorCode.PURPOSE_NOT_PERMITTED),
+        (3, ErrorCode.PURPOSE_NOT_PERMITTED),
+    ]
+    rig.engine.answer()
+    (signed,) = unpacked(await anext(stream))
+    assert signed == Signed(1, b"s")
+    await stream.aclose()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("deadline_ms", [0, 3_600_000])
+async def test_the_servers_own_bound_holds_for_packed_items_too(deadline_ms: int) -> None:
+    rig = Rig()
+    stream = rig.open()
+    rig.sent.put_nowait(packed(packed_item(1, deadline_ms=deadline_ms)))
+    answer = asyncio.ensure_future(anext(stream))
+    await rig.until_submitted(1)
+    bound = Limits().sign_timeout / timedelta(milliseconds=1)
+    assert [item.deadline_ms for item in rig.engine.waiting[0][0]] == [bound]
+    rig.engine.answer()
+    await answer
+    await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def test_an_id_that_is_outstanding_refuses_the_whole_packed_batch() -> None:
+    rig = Rig()
+    stream = rig.open()
+    rig.sent.put_nowait(packed(packed_item(1)))
+    rig.sent.put_nowait(packed(packed_item(1), packed_item(2)))
+    refused = unpacked(await anext(stream))
+    assert [result.id for result in refused] == [1, 2]
+    assert all(isinstance(result, Refused) for result in refused)
+    await stream.aclose()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        keyserver_pb2.SignBatch(packed=b"\x00\x01noise"),
+        keyserver_pb2.SignBatch(packed=with_count(257, b"")),
+        keyserver_pb2.SignBatch(items=[sign_item(1, KEY_ID)], packed=b"\x00\x01"),
+    ],
+)
+async def test_what_is_no_packed_batch_ends_the_stream(batch: keyserver_pb2.SignBatch) -> None:
+    rig = Rig()
+    stream = rig.open()
+    rig.sent.put_nowait(batch)
+    with pytest.raises(InvalidRequest):
+        await anext(stream)
+    assert rig.engine.count == 0
+
+
+async def test_the_stream_says_that_it_reads_packed_batches() -> None:
+    rig, context = Rig(), Context()
+    _current_peer.set(rig.peer)
+    stream = rig.service.SignStream(rig._requests(), cast("Any", context))
+    rig.sent.put_nowait(None)
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    assert context.metadata == (("keyreeve-packed", "1"),)
