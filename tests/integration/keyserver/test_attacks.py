@@ -210,7 +210,7 @@ def test_code_inside_a_worker_whose_files_are_not_confined_signals_nobody(tmp_pa
 def test_a_call_by_the_numbers_of_another_abi_ends_the_process(confine: str, way: str) -> None:
     """By those numbers a filter would let through what it does not mean to: getpid of i386 (20) is writev, which the signer may."""
     code = f"""
-import ctypes, mmap, os
+import ctypes, mmap, os, threading
 from keyreeve_keyserver.hardening.lockdown import Protections, Reach, confine_signer_calls, confine_worker
 code = mmap.mmap(-1, 4096, prot=7)
 code.write(bytes.fromhex("53b814000000cd805bc3"))  # push rbx; mov eax, 20; int 0x80; pop rbx; ret
@@ -222,7 +222,9 @@ print("tried", flush=True)
 p = Protections()
 {confine}
 assert "calls" in map(str, p.on)
-call()
+thread = threading.Thread(target=call)  # not it alone is to end
+thread.start()
+thread.join()
 print("survived")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
