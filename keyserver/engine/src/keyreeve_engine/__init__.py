@@ -28,6 +28,6 @@ def available() -> Availability:
         from keyreeve_engine import _multibuffer  # noqa: PLC0415 - not built on every platform
     except ImportError:
         return Availability(False, "keyreeve-engine was built without crypto_mb, which comes for x86-64 Linux only")
-    if not _multibuffer.key_types():
-        return Availability(False, "the processor has no AVX-512 IFMA, or the system does not enable it")
+    if not _multibuffer.kinds():
+        return Availability(False, "the processor has no IFMA instructions, or the system does not enable them")
     return Availability(True)
