@@ -1,13 +1,14 @@
 """Signatures eight at a time: kinds of key, statuses and forms are the numbers of native/multibuffer/{key,status,piece}.h."""
 
-from collections.abc import Buffer
 from typing import Never, final
+
+_Readable = bytes | bytearray | memoryview
 
 PIECE_MAX: int
 LANES: int
 
-class KeyInvalid(ValueError): ...  # noqa: N818
-class KeyUnsuited(ValueError): ...  # noqa: N818
+class KeyInvalid(ValueError): ...
+class KeyUnsuited(ValueError): ...
 
 @final
 class Key:
@@ -18,7 +19,7 @@ class Key:
 def kinds() -> list[int]:
     """Of keys that this processor signs with."""
 
-def load(kind: int, pkcs8: Buffer, /) -> Key:
+def load(kind: int, pkcs8: _Readable, /) -> Key:
     """Raises: KeyInvalid, KeyUnsuited, MemoryError; ValueError where `kinds` has no such kind."""
 
 def sign(kind: int, keys: list[Key], messages: list[bytes], forms: bytes, /) -> list[bytes | int]:

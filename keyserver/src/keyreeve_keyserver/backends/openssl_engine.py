@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 from cryptography.hazmat.primitives.serialization import load_der_private_key
 from keyreeve_common.errors import Internal, KeyreeveError, SchemeNotSupported
-from keyreeve_common.schemes import KeyFamily, KeyType, check_scheme_fits
+from keyreeve_common.schemes import KeyFamily, KeyType, SignatureScheme, check_scheme_fits
 from keyreeve_common.verification import hash_algorithm, rsa_padding
 
 from keyreeve_keyserver.backends.engines import EngineHealth, Handle, Work
@@ -56,7 +54,7 @@ class OpenSslEngine:
 def _sign_one(key: PrivateKey, request: SignRequest) -> SignOutcome:
     try:
         check_scheme_fits(request.scheme, request.record.key_type)
-        return _SIGNERS[request.record.key_type.family](key, request)
+        return sign_with(key, request.scheme, request.message, prehashed=request.prehashed)
     except KeyreeveError as error:
         return error
     except InvalidSignature:
@@ -65,30 +63,32 @@ def _sign_one(key: PrivateKey, request: SignRequest) -> SignOutcome:
         return Internal("the software key failed to sign")
 
 
-def _hash(request: SignRequest) -> hashes.HashAlgorithm | Prehashed:
-    return hash_algorithm(request.scheme, prehashed=request.prehashed)
+def sign_with(key: PrivateKey, scheme: SignatureScheme, message: bytes, *, prehashed: bool = False) -> bytes:
+    """Raises: SchemeNotSupported; InvalidSignature where a result does not verify; ValueError, TypeError from `cryptography`."""
+    return _SIGNERS[scheme.facts.family](key, scheme, message, prehashed)
 
 
-def _sign_ec(key: PrivateKey, request: SignRequest) -> bytes:
-    return cast("ec.EllipticCurvePrivateKey", key).sign(request.message, ec.ECDSA(_hash(request)))
+def _sign_ec(key: PrivateKey, scheme: SignatureScheme, message: bytes, prehashed: bool) -> bytes:
+    algorithm = ec.ECDSA(hash_algorithm(scheme, prehashed=prehashed))
+    return cast("ec.EllipticCurvePrivateKey", key).sign(message, algorithm)
 
 
-def _sign_ed25519(key: PrivateKey, request: SignRequest) -> bytes:
-    if request.prehashed:
+def _sign_ed25519(key: PrivateKey, _: SignatureScheme, message: bytes, prehashed: bool) -> bytes:
+    if prehashed:
         raise SchemeNotSupported("ed25519 takes the message whole, never a digest")
-    return cast("ed25519.Ed25519PrivateKey", key).sign(request.message)
+    return cast("ed25519.Ed25519PrivateKey", key).sign(message)
 
 
-def _sign_rsa(key: PrivateKey, request: SignRequest) -> bytes:
+def _sign_rsa(key: PrivateKey, scheme: SignatureScheme, message: bytes, prehashed: bool) -> bytes:
     """Verified before release: a fault in one half of the CRT would give the key away."""
     private_key = cast("rsa.RSAPrivateKey", key)
-    algorithm, form = _hash(request), rsa_padding(request.scheme)
-    signature = private_key.sign(request.message, form, algorithm)
-    private_key.public_key().verify(signature, request.message, form, algorithm)
+    algorithm, form = hash_algorithm(scheme, prehashed=prehashed), rsa_padding(scheme)
+    signature = private_key.sign(message, form, algorithm)
+    private_key.public_key().verify(signature, message, form, algorithm)
     return signature
 
 
-_SIGNERS: dict[KeyFamily, Callable[[PrivateKey, SignRequest], bytes]] = {
+_SIGNERS: dict[KeyFamily, Callable[[PrivateKey, SignatureScheme, bytes, bool], bytes]] = {
     KeyFamily.EC_P256: _sign_ec,
     KeyFamily.EC_P384: _sign_ec,
     KeyFamily.ED25519: _sign_ed25519,
