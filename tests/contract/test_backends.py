@@ -37,7 +37,7 @@ from keyreeve_common.schemes import HASHES, KeyType, SignatureScheme, schemes_of
 from keyreeve_common.vault.config import VaultLogin
 from keyreeve_common.verification import rsa_padding
 from keyreeve_engine import available
-from keyreeve_keyserver.backends.engine_choice import EngineChoice
+from keyreeve_keyserver.backends.engines import EngineChoice
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend, BackendState, CreatedKey, SignRequest
 from keyreeve_keyserver.backends.software import SoftwareBackend

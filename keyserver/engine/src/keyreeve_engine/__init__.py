@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 SWITCH = "KEYREEVE_MULTIBUFFER"
 
@@ -21,13 +23,22 @@ class Availability:
 
 
 def available() -> Availability:
-    """Whether `keyreeve_engine._multibuffer` can sign on this machine."""
+    """Whether `multibuffer` can sign on this machine."""
     if os.environ.get(SWITCH, "").lower() in {"off", "0", "no"}:
         return Availability(False, f"switched off by the environment variable {SWITCH}")
-    try:
-        from keyreeve_engine import _multibuffer  # noqa: PLC0415 - not built on every platform
-    except ImportError:
+    if multibuffer is None:
         return Availability(False, "keyreeve-engine was built without crypto_mb, which comes for x86-64 Linux only")
-    if not _multibuffer.kinds():
+    if not multibuffer.kinds():
         return Availability(False, "the processor has no IFMA instructions, or the system does not enable them")
     return Availability(True)
+
+
+def _optional(name: str) -> ModuleType | None:
+    try:
+        return import_module(f"keyreeve_engine.{name}")
+    except ImportError:  # not built on every platform
+        return None
+
+
+# With the package, not when it is first needed: the signer may not open files then.
+multibuffer = _optional("_multibuffer")

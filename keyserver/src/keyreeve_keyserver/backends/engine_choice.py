@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from keyreeve_common.errors import ConfigInvalid
 
-from keyreeve_keyserver.backends.engines import KeyEngine
+from keyreeve_keyserver.backends.engines import EngineChoice, KeyEngine
 from keyreeve_keyserver.backends.multibuffer_engine import EngineUnusable, open_multibuffer
 from keyreeve_keyserver.backends.openssl_engine import OpenSslEngine
-
-
-class EngineChoice(StrEnum):
-    """`AUTO`: the fastest that works here, each for what it is fastest at."""
-
-    AUTO = "auto"
-    OPENSSL = "openssl"
-    MULTIBUFFER = "multibuffer"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NewType, Protocol
 
 from keyreeve_common.schemes import KeyType
 
 from keyreeve_keyserver.backends.ports import SignOutcome, SignRequest
+
+
+class EngineChoice(StrEnum):
+    """`AUTO`: the fastest that works here, each for what it is fastest at."""
+
+    AUTO = "auto"
+    OPENSSL = "openssl"
+    MULTIBUFFER = "multibuffer"
+
 
 Handle = NewType("Handle", object)
 Work = tuple[Handle, SignRequest]

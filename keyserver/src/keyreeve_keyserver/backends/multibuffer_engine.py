@@ -24,9 +24,9 @@ from keyreeve_keyserver.backends.openssl_engine import PrivateKey, sign_with
 from keyreeve_keyserver.backends.ports import SignatureMismatch, SignOutcome, SignRequest
 
 try:
-    from keyreeve_engine import available
+    import keyreeve_engine
 except ImportError:  # the extra `engine` is not installed
-    available = None  # type: ignore[assignment]
+    keyreeve_engine = None  # type: ignore[assignment]
 
 LANES = 8
 # The numbers of native/multibuffer/{key,piece,status}.h.
@@ -73,14 +73,12 @@ class MultiBuffer(Protocol):
 
 def open_multibuffer() -> MultiBufferEngine:
     """Raises: EngineUnusable."""
-    if available is None:
+    if keyreeve_engine is None:
         raise EngineUnusable("keyreeve-engine is not installed: install keyreeve-keyserver[engine]")
-    found = available()
+    found = keyreeve_engine.available()
     if not found.usable:
         raise EngineUnusable(found.reason)
-    from keyreeve_engine import _multibuffer  # noqa: PLC0415 - `available` has just said that it is there
-
-    engine = MultiBufferEngine(cast("MultiBuffer", _multibuffer))
+    engine = MultiBufferEngine(cast("MultiBuffer", keyreeve_engine.multibuffer))
     engine.test()
     return engine
 

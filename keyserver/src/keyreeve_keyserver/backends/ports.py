@@ -37,7 +37,7 @@ class BackendHealth:
     """`detail` says what to do when it is down. `workers` of `configured` can sign now, `waiting` are the requests not yet begun.
 
     `protections` are those of a worker process: "on", or why not, by name. `engine` is what a software backend prefers to sign with;
-    `engine_detail` why it is not a better one.
+    `engine_detail` why it is not a better one, `by_engine` how many requests each was given.
     """
 
     state: BackendState
@@ -48,6 +48,7 @@ class BackendHealth:
     protections: Mapping[str, str] = field(default_factory=dict)
     engine: str = ""
     engine_detail: str = ""
+    by_engine: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

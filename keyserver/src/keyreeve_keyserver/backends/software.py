@@ -38,8 +38,8 @@ from keyreeve_common.key_id import KeyId
 from keyreeve_common.schemes import KeyFamily, KeyType, SignatureScheme
 from keyreeve_common.telemetry import log, log_exception, log_warning
 
-from keyreeve_keyserver.backends.engine_choice import EngineChoice, Engines, choose_engines
-from keyreeve_keyserver.backends.engines import Handle, KeyEngine, KeyUnsuited, Work
+from keyreeve_keyserver.backends.engine_choice import Engines, choose_engines
+from keyreeve_keyserver.backends.engines import EngineChoice, Handle, KeyEngine, KeyUnsuited, Work
 from keyreeve_keyserver.backends.lane_pool import LanePool
 from keyreeve_keyserver.backends.openssl_engine import PrivateKey
 from keyreeve_keyserver.backends.ports import (
@@ -162,11 +162,8 @@ class SoftwareBackend:
             waiting=self._waiting,
             engine=preferred.name,
             engine_detail=self._chosen.fallback or preferred.health().detail,
+            by_engine={engine.name: self._signed[engine.name] for engine in self._engines},
         )
-
-    def signed_by_engine(self) -> dict[str, int]:
-        """How many requests each engine was given, by its name."""
-        return {engine.name: self._signed[engine.name] for engine in self._engines}
 
     async def create(self, key_id: KeyId, key_type: KeyType) -> CreatedKey:
         executor = self._making if key_type.family is KeyFamily.RSA else self._loading
