@@ -15,13 +15,14 @@ void keyreeve_lanes_ed25519(struct keyreeve_item **items, size_t count)
     mbx_status status;
     size_t lane;
     for (lane = 0; lane < count; lane++) {
-        const unsigned char *key = (const unsigned char *)items[lane]->key->words;
+        const void *key = items[lane]->key->words;
+        const void *point = items[lane]->key->words + HALF / sizeof(items[lane]->key->words[0]);
         to_r[lane] = (ed25519_sign_component *)(void *)items[lane]->signature;
         to_s[lane] = (ed25519_sign_component *)(void *)(items[lane]->signature + HALF);
         from[lane] = items[lane]->message;
         lengths[lane] = (unsigned int)items[lane]->length;
-        seed[lane] = (const ed25519_private_key *)(const void *)key;
-        public[lane] = (const ed25519_public_key *)(const void *)(key + HALF);
+        seed[lane] = key;
+        public[lane] = point;
     }
     status = mbx_ed25519_sign_mb8(to_r, to_s, from, lengths, seed, public);
     for (lane = 0; lane < count; lane++) {
