@@ -54,7 +54,10 @@ class KeyEngine(Protocol):
     def load(self, key_type: KeyType, pkcs8: bytes) -> Handle:
         """Raises: KeyUnsuited; KeySelfTestFailed where the parts of the key do not belong together; SealedRecordInvalid."""
 
-    def sign(self, key_type: KeyType, work: Sequence[Work]) -> list[SignOutcome]:
-        """One outcome each, in order; ECDSA signatures are DER. Called in a worker thread; raises nothing."""
+    def sign(self, key_type: KeyType, work: Sequence[Work]) -> Sequence[SignOutcome | None]:
+        """One outcome each, in order; ECDSA signatures are DER. None leaves that one to the next engine; the last has no None.
+
+        Called in a worker thread; raises nothing.
+        """
 
     def health(self) -> EngineHealth: ...

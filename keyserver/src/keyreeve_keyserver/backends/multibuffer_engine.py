@@ -14,14 +14,14 @@ from typing import Protocol, cast
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_der_private_key
-from keyreeve_common.errors import Internal, KeyreeveError, KeySelfTestFailed, SchemeNotSupported
-from keyreeve_common.schemes import DEFAULT_SCHEMES, KeyType, Padding, SignatureScheme, check_scheme_fits, schemes_of
+from keyreeve_common.errors import Internal, KeyreeveError, KeySelfTestFailed
+from keyreeve_common.schemes import DEFAULT_SCHEMES, KeyType, Padding, SignatureScheme, schemes_of
 from keyreeve_common.telemetry import log, log_warning
 from keyreeve_common.verification import verify_signature
 
 from keyreeve_keyserver.backends.engines import EngineHealth, Handle, KeyUnsuited, Work
 from keyreeve_keyserver.backends.openssl_engine import PrivateKey, sign_with
-from keyreeve_keyserver.backends.ports import SignatureMismatch, SignOutcome, SignRequest
+from keyreeve_keyserver.backends.ports import SignatureMismatch, SignOutcome
 
 try:
     import keyreeve_engine
@@ -33,7 +33,7 @@ LANES = 8
 _KINDS = {key_type: number for number, key_type in enumerate(KeyType)}
 _HASHES = {"": 0, "sha256": 1, "sha384": 2, "sha512": 3}
 _PSS, _PREHASHED, _UNKNOWN = 0x40, 0x80, 0x0F
-_BAD_FORM, _MISMATCH = 1, 7
+_MISMATCH = 7
 _FORMS: dict[KeyType, dict[SignatureScheme, int]] = {
     key_type: {
         scheme: _HASHES[scheme.facts.hash_name] | (_PSS if scheme.facts.padding is Padding.PSS else 0)
@@ -129,14 +129,15 @@ class MultiBufferEngine:
         self._prove(key_type, handle, pkcs8)
         return handle
 
-    def sign(self, key_type: KeyType, work: Sequence[Work]) -> list[SignOutcome]:
+    def sign(self, key_type: KeyType, work: Sequence[Work]) -> list[SignOutcome | None]:
+        """None for what a lane refuses or fails at: OpenSSL decides (crypto_mb signs no digest that is 0 modulo n, say)."""
         most = self._module.PIECE_MAX
-        outcomes: list[SignOutcome] = []
+        outcomes: list[SignOutcome | None] = []
         for at in range(0, len(work), most):
             outcomes += self._sign_piece(key_type, work[at : at + most])
         return outcomes
 
-    def _sign_piece(self, key_type: KeyType, work: Sequence[Work]) -> list[SignOutcome]:
+    def _sign_piece(self, key_type: KeyType, work: Sequence[Work]) -> list[SignOutcome | None]:
         forms = _FORMS[key_type]
         codes = bytes(
             [forms.get(request.scheme, _UNKNOWN) | (_PREHASHED if request.prehashed else 0) for _, request in work]
@@ -145,11 +146,8 @@ class MultiBufferEngine:
         try:
             results = self._module.sign(self._kinds[key_type], cast("list[object]", keys), messages, codes)
         except (MemoryError, ValueError, TypeError):
-            return [Internal("the software key failed to sign")] * len(work)
-        return [
-            result if isinstance(result, bytes) else _error_of(result, request)
-            for result, (_, request) in zip(results, work, strict=True)
-        ]
+            return [None] * len(work)
+        return [result if isinstance(result, bytes) else _refused(result) for result in results]
 
     def health(self) -> EngineHealth:
         return EngineHealth(True, "; ".join(f"{key_type.value}: {why}" for key_type, why in self._failed.items()))
@@ -192,14 +190,8 @@ def _processor_seconds(work: Callable[[], object]) -> float:
     return max(min(taken), 1e-9)
 
 
-def _error_of(status: int, request: SignRequest) -> KeyreeveError:
+def _refused(status: int) -> KeyreeveError | None:
+    """A wrong result of RSA is not tried again: it is a fault that somebody has to hear of."""
     if status == _MISMATCH:
         return SignatureMismatch("the software key gave a signature that does not verify")
-    if status == _BAD_FORM:
-        try:
-            check_scheme_fits(request.scheme, request.record.key_type)
-        except SchemeNotSupported as error:
-            return error
-        if request.prehashed and request.record.key_type is KeyType.ED25519:
-            return SchemeNotSupported("ed25519 takes the message whole, never a digest")
-    return Internal("the software key failed to sign")
+    return None

@@ -103,6 +103,15 @@ class _Batch:
 _Item = tuple[_Batch, int, SignRequest]
 
 
+@dataclass(slots=True)
+class _Lot:
+    """What one engine signs of a piece: a request, its key, and what the engine is handed of both."""
+
+    items: list[_Item] = field(default_factory=list)
+    keys: list[_Loaded] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+
+
 class SoftwareBackend:
     def __init__(
         self,
@@ -235,7 +244,7 @@ class SoftwareBackend:
     def _sign_piece(self, key_type: KeyType, items: list[_Item]) -> None:
         preferred, _ = self._choose(key_type, len(items))
         now, keys = time.monotonic(), self._keys
-        work: dict[int, tuple[list[_Item], list[Work]]] = {}
+        lots = [_Lot() for _ in self._engines]
         for item in items:
             batch, index, request = item
             loaded = keys.get(request.record.key_id)
@@ -247,19 +256,17 @@ class SoftwareBackend:
             elif loaded is None or loaded.spki_der != request.record.spki_der:
                 batch.outcomes[index] = KeyNotFound()
             else:
-                place = preferred
-                while (handle := loaded.handles[place]) is None:
-                    place += 1  # the last engine signs with every key
-                lot = work.get(place)
-                if lot is None:
-                    lot = work[place] = ([], [])
-                lot[0].append(item)
-                lot[1].append((handle, request))
-        for place, (signing, of_engine) in work.items():
-            engine = self._engines[place]
-            self._signed[engine.name] += len(of_engine)
-            for (batch, index, _), outcome in zip(signing, engine.sign(key_type, of_engine), strict=True):
-                batch.outcomes[index] = outcome
+                _put(lots, preferred, item, loaded)
+        for place, (engine, lot) in enumerate(zip(self._engines, lots, strict=True)):
+            if not lot.work:
+                continue
+            self._signed[engine.name] += len(lot.work)
+            for item, loaded, outcome in zip(lot.items, lot.keys, engine.sign(key_type, lot.work), strict=True):
+                batch, index, _ = item
+                if outcome is not None:
+                    batch.outcomes[index] = outcome
+                elif place + 1 < len(lots):
+                    _put(lots, place + 1, item, loaded)
 
     @staticmethod
     async def _run(executor: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
@@ -291,6 +298,16 @@ class _Results:
         for counts in done:
             for batch, count in counts.items():
                 _count_down(batch, count)
+
+
+def _put(lots: list[_Lot], place: int, item: _Item, loaded: _Loaded) -> None:
+    """Into the lot of the first engine from `place` on that has the key; the last has every key."""
+    while (handle := loaded.handles[place]) is None:
+        place += 1
+    lot = lots[place]
+    lot.items.append(item)
+    lot.keys.append(loaded)
+    lot.work.append((handle, item[2]))
 
 
 def _count_down(batch: _Batch, count: int) -> None:
