@@ -2,17 +2,16 @@
 
 #include "arena.h"
 #include "nonce.h"
+#include "pkcs8.h"
 
-#include <limits.h>
 #include <openssl/bn.h>
-#include <openssl/core_names.h>
-#include <openssl/crypto.h>
+#include <openssl/ec.h>
 #include <openssl/err.h>
 #include <openssl/evp.h>
-#include <openssl/x509.h>
+#include <openssl/obj_mac.h>
 #include <string.h>
 
-enum { WORD_BITS = 64, PUBLIC_EXPONENT = 65537, ED25519_BYTES = 32, GROUP_NAME_MAX = 32 };
+enum { WORD_BITS = 64, PUBLIC_EXPONENT = 65537, ED25519_BYTES = 32, POINT_MAX = 97, UNCOMPRESSED = 4 };
 
 static const struct {
     size_t half, words;
@@ -44,49 +43,77 @@ void keyreeve_key_free(struct keyreeve_key *key)
         keyreeve_arena_give(key, key->size);
 }
 
-static enum keyreeve_status load_ec(EVP_PKEY *pkey, struct keyreeve_key *key)
+static const enum keyreeve_algorithm ALGORITHMS[KEYREEVE_KINDS] = {
+    [KEYREEVE_P256] = KEYREEVE_ALGORITHM_P256,       [KEYREEVE_P384] = KEYREEVE_ALGORITHM_P384,
+    [KEYREEVE_ED25519] = KEYREEVE_ALGORITHM_ED25519, [KEYREEVE_RSA_2048] = KEYREEVE_ALGORITHM_RSA,
+    [KEYREEVE_RSA_3072] = KEYREEVE_ALGORITHM_RSA,    [KEYREEVE_RSA_4096] = KEYREEVE_ALGORITHM_RSA,
+};
+
+/* Whether the scalar's public point is the one that was written beside it. */
+static int point_belongs(int curve, const BIGNUM *scalar, struct keyreeve_span written)
+{
+    unsigned char octets[POINT_MAX];
+    EC_GROUP *group = EC_GROUP_new_by_curve_name(curve);
+    EC_POINT *point = group != NULL ? EC_POINT_new(group) : NULL;
+    BN_CTX *scratch = BN_CTX_new();
+    point_conversion_form_t form =
+        written.data[0] == UNCOMPRESSED ? POINT_CONVERSION_UNCOMPRESSED : POINT_CONVERSION_COMPRESSED;
+    size_t length;
+    int belongs = 0;
+    if (point == NULL || scratch == NULL || EC_POINT_mul(group, point, scalar, NULL, NULL, scratch) != 1)
+        goto done;
+    length = EC_POINT_point2oct(group, point, form, octets, sizeof(octets), scratch);
+    belongs = length == written.length && memcmp(octets, written.data, length) == 0;
+done:
+    BN_CTX_free(scratch);
+    EC_POINT_clear_free(point);
+    EC_GROUP_free(group);
+    return belongs;
+}
+
+static enum keyreeve_status load_ec(const struct keyreeve_pkcs8 *parsed, struct keyreeve_key *key)
 {
     const struct keyreeve_order *order =
         key->kind == KEYREEVE_P256 ? &KEYREEVE_P256_ORDER : &KEYREEVE_P384_ORDER;
-    const char *expected = key->kind == KEYREEVE_P256 ? "prime256v1" : "secp384r1";
-    char group[GROUP_NAME_MAX];
-    int width = (int)(order->words * sizeof(*key->words));
+    int curve = key->kind == KEYREEVE_P256 ? NID_X9_62_prime256v1 : NID_secp384r1;
+    size_t width = order->words * sizeof(*key->words), byte;
+    unsigned char *out = (unsigned char *)key->words;
     enum keyreeve_status status = KEYREEVE_BAD_KEY;
-    EVP_PKEY_CTX *check = NULL;
     BIGNUM *scalar = NULL;
-    if (EVP_PKEY_get_group_name(pkey, group, sizeof(group), NULL) != 1 || strcmp(group, expected) != 0)
-        goto done;
-    if (EVP_PKEY_get_bn_param(pkey, OSSL_PKEY_PARAM_PRIV_KEY, &scalar) != 1)
-        goto done;
-    if (BN_bn2lebinpad(scalar, (unsigned char *)key->words, width) != width ||
-        !keyreeve_scalar_in_range(order, key->words))
-        goto done;
-    check = EVP_PKEY_CTX_new_from_pkey(NULL, pkey, NULL);
-    if (check == NULL || EVP_PKEY_check(check) != 1)
-        goto done;
-    status = KEYREEVE_OK;
-done:
-    EVP_PKEY_CTX_free(check);
+    if (parsed->secret.length != width)
+        return status;
+    for (byte = 0; byte < width; byte++)
+        out[byte] = parsed->secret.data[width - 1 - byte];
+    if (!keyreeve_scalar_in_range(order, key->words))
+        return status;
+    scalar = BN_lebin2bn(out, (int)width, NULL);
+    if (scalar == NULL)
+        return KEYREEVE_NO_MEMORY;
+    BN_set_flags(scalar, BN_FLG_CONSTTIME);
+    if (parsed->point.length == 0 || point_belongs(curve, scalar, parsed->point))
+        status = KEYREEVE_OK;
     BN_clear_free(scalar);
     return status;
 }
 
-static enum keyreeve_status load_ed25519(EVP_PKEY *pkey, struct keyreeve_key *key)
+static enum keyreeve_status load_ed25519(const struct keyreeve_pkcs8 *parsed, struct keyreeve_key *key)
 {
     unsigned char *seed = (unsigned char *)key->words;
-    size_t seed_length = ED25519_BYTES, public_length = ED25519_BYTES;
-    if (!EVP_PKEY_is_a(pkey, "ED25519") || EVP_PKEY_get_raw_private_key(pkey, seed, &seed_length) != 1 ||
-        EVP_PKEY_get_raw_public_key(pkey, seed + ED25519_BYTES, &public_length) != 1)
+    size_t length = ED25519_BYTES;
+    EVP_PKEY *pkey;
+    int derived;
+    if (parsed->secret.length != ED25519_BYTES)
         return KEYREEVE_BAD_KEY;
-    return seed_length == ED25519_BYTES && public_length == ED25519_BYTES ? KEYREEVE_OK : KEYREEVE_BAD_KEY;
+    memcpy(seed, parsed->secret.data, ED25519_BYTES);
+    pkey = EVP_PKEY_new_raw_private_key(EVP_PKEY_ED25519, NULL, seed, ED25519_BYTES);
+    derived = pkey != NULL && EVP_PKEY_get_raw_public_key(pkey, seed + ED25519_BYTES, &length) == 1;
+    EVP_PKEY_free(pkey);
+    return derived && length == ED25519_BYTES ? KEYREEVE_OK : KEYREEVE_NO_MEMORY;
 }
 
+/* The places of the numbers that lanes want, among those of RSAPrivateKey. */
 enum { P, Q, DP, DQ, QINV, N, E, NUMBERS };
-static const char *const NAMES[NUMBERS] = {
-    OSSL_PKEY_PARAM_RSA_FACTOR1,   OSSL_PKEY_PARAM_RSA_FACTOR2,      OSSL_PKEY_PARAM_RSA_EXPONENT1,
-    OSSL_PKEY_PARAM_RSA_EXPONENT2, OSSL_PKEY_PARAM_RSA_COEFFICIENT1, OSSL_PKEY_PARAM_RSA_N,
-    OSSL_PKEY_PARAM_RSA_E,
-};
+static const size_t PLACES[NUMBERS] = {[P] = 3, [Q] = 4, [DP] = 5, [DQ] = 6, [QINV] = 7, [N] = 0, [E] = 1};
 
 /* Whether `prime` is odd, passes Fermat's test to base 2, and `exponent` inverts e modulo prime - 1. It finds
  * damage, not a forger: what is loaded was sealed by us. */
@@ -152,21 +179,23 @@ static int put_larger_prime_first(BIGNUM **numbers, BN_CTX *scratch)
     return BN_mod_inverse(numbers[QINV], numbers[Q], numbers[P], scratch) != NULL;
 }
 
-static enum keyreeve_status load_rsa(EVP_PKEY *pkey, struct keyreeve_key *key)
+static enum keyreeve_status load_rsa(const struct keyreeve_pkcs8 *parsed, struct keyreeve_key *key)
 {
-    enum keyreeve_status status = KEYREEVE_BAD_KEY;
-    BIGNUM *numbers[NUMBERS] = {NULL}, *third = NULL;
+    enum keyreeve_status status = KEYREEVE_NO_MEMORY;
+    BIGNUM *numbers[NUMBERS] = {NULL};
     BN_CTX *scratch = BN_CTX_new();
     int number, half = (int)(key->half * sizeof(*key->words));
-    if (scratch == NULL || !EVP_PKEY_is_a(pkey, "RSA"))
+    if (scratch == NULL)
         goto done;
-    if (EVP_PKEY_get_bn_param(pkey, OSSL_PKEY_PARAM_RSA_FACTOR3, &third) == 1) {
-        status = KEYREEVE_UNSUITED;
-        goto done;
-    }
-    for (number = 0; number < NUMBERS; number++)
-        if (EVP_PKEY_get_bn_param(pkey, NAMES[number], &numbers[number]) != 1)
+    for (number = 0; number < NUMBERS; number++) {
+        struct keyreeve_span place = parsed->integers[PLACES[number]];
+        if (place.length > (size_t)half * 2) {
+            status = KEYREEVE_BAD_KEY;
             goto done;
+        }
+        if ((numbers[number] = BN_bin2bn(place.data, (int)place.length, NULL)) == NULL)
+            goto done;
+    }
     status = check_rsa(numbers, keyreeve_kind_rsa_bits(key->kind), scratch);
     if (status != KEYREEVE_OK)
         goto done;
@@ -183,7 +212,6 @@ static enum keyreeve_status load_rsa(EVP_PKEY *pkey, struct keyreeve_key *key)
 done:
     for (number = 0; number < NUMBERS; number++)
         BN_clear_free(numbers[number]);
-    BN_clear_free(third);
     BN_CTX_free(scratch); /* which clears its numbers */
     return status;
 }
@@ -191,25 +219,19 @@ done:
 enum keyreeve_status keyreeve_key_load(enum keyreeve_kind kind, const unsigned char *pkcs8, size_t length,
                                        struct keyreeve_key **loaded)
 {
-    enum keyreeve_status status = KEYREEVE_BAD_KEY;
-    const unsigned char *at = pkcs8;
-    EVP_PKEY *pkey = NULL;
-    struct keyreeve_key *key = NULL;
+    enum keyreeve_status status;
+    struct keyreeve_pkcs8 parsed;
+    struct keyreeve_key *key;
     *loaded = NULL;
-    if (length > LONG_MAX)
-        goto done;
-    pkey = d2i_AutoPrivateKey(NULL, &at, (long)length);
-    if (pkey == NULL || at != pkcs8 + length)
-        goto done;
+    if (!keyreeve_pkcs8_parse(pkcs8, length, &parsed) || parsed.algorithm != ALGORITHMS[kind])
+        return KEYREEVE_BAD_KEY;
     key = keyreeve_key_new(kind);
     if (key == NULL)
-        status = KEYREEVE_NO_MEMORY;
-    else if (kind == KEYREEVE_ED25519)
-        status = load_ed25519(pkey, key);
+        return KEYREEVE_NO_MEMORY;
+    if (kind == KEYREEVE_ED25519)
+        status = load_ed25519(&parsed, key);
     else
-        status = SIZES[kind].half == 0 ? load_ec(pkey, key) : load_rsa(pkey, key);
-done:
-    EVP_PKEY_free(pkey);
+        status = SIZES[kind].half == 0 ? load_ec(&parsed, key) : load_rsa(&parsed, key);
     ERR_clear_error(); /* of this thread: nobody reads it */
     if (status == KEYREEVE_OK)
         *loaded = key;
