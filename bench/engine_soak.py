@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from keyreeve_common.errors import KeyreeveError
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import KeyRole, Purpose
@@ -45,7 +45,7 @@ KEYS_AT_A_TIME, PIECES_PER_KEY = 13, 5
 class Held:
     """Keys of one type, one of which is replaced now and then."""
 
-    key_type: KeyType
+    record: KeyRecord
     keys: list[tuple[PrivateKey, Handle]] = field(default_factory=list)
     pieces: int = 0
 
@@ -60,20 +60,25 @@ def make_key(key_type: KeyType) -> PrivateKey:
     return rsa.generate_private_key(65537, key_type.rsa_bits)
 
 
-def request_for(key_type: KeyType, choose: random.Random) -> SignRequest:
-    scheme = choose.choice(schemes_of(key_type))
+def record_of(key_type: KeyType) -> KeyRecord:
+    """What a request says of its key's type; the key itself is another each time."""
+    spki_der = make_key(key_type).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    purposes, made = frozenset({Purpose.TLS13_SERVER_VERIFY}), datetime(2026, 1, 1, tzinfo=UTC)
+    return KeyRecord(KeyId("k"), key_type, KeyRole.HANDSHAKE, purposes, "software", "k", spki_der, "", made)
+
+
+def request_for(record: KeyRecord, choose: random.Random) -> SignRequest:
+    scheme = choose.choice(schemes_of(record.key_type))
     message = choose.randbytes(choose.choice((0, 1, 55, 56, 64, 111, 112, 128, 130, choose.randrange(5000))))
-    prehashed = key_type is not KeyType.ED25519 and choose.randrange(8) == 0
+    prehashed = record.key_type is not KeyType.ED25519 and choose.randrange(8) == 0
     if prehashed:
         message = hashlib.new(scheme.facts.hash_name, message).digest()
-    purposes, made = frozenset({Purpose.TLS13_SERVER_VERIFY}), datetime(2026, 1, 1, tzinfo=UTC)
-    record = KeyRecord(KeyId("k"), key_type, KeyRole.HANDSHAKE, purposes, "software", "k", b"", "", made)
     return SignRequest(record, scheme, message, 0.0, prehashed)
 
 
 def soak(signatures: int, seed: int) -> int:
     engine, choose = open_multibuffer(), random.Random(seed)  # noqa: S311 - what is signed, not with what
-    held = {key_type: Held(key_type) for key_type in SHARES}
+    held = {key_type: Held(record_of(key_type)) for key_type in SHARES}
     done = dict.fromkeys(SHARES, 0)
     r_seen: set[bytes] = set()
     while sum(done.values()) < signatures:
@@ -85,7 +90,7 @@ def soak(signatures: int, seed: int) -> int:
                 pkcs8 = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
                 lot.keys = [*lot.keys[-KEYS_AT_A_TIME + 1 :], (key, engine.load(key_type, pkcs8))]
         lot.pieces += 1
-        pairs = [(choose.choice(lot.keys), request_for(key_type, choose)) for _ in range(choose.randrange(1, 65))]
+        pairs = [(choose.choice(lot.keys), request_for(lot.record, choose)) for _ in range(choose.randrange(1, 65))]
         outcomes = engine.sign(key_type, [(handle, request) for (_, handle), request in pairs])
         for ((key, _), request), outcome in zip(pairs, outcomes, strict=True):
             problem = fault_of(key, request, outcome, r_seen)

@@ -187,6 +187,10 @@ static enum keyreeve_status load_rsa(const struct keyreeve_pkcs8 *parsed, struct
     int number, half = (int)(key->half * sizeof(*key->words));
     if (scratch == NULL)
         goto done;
+    if (parsed->more_primes) {
+        status = KEYREEVE_UNSUITED;
+        goto done;
+    }
     for (number = 0; number < NUMBERS; number++) {
         struct keyreeve_span place = parsed->integers[PLACES[number]];
         if (place.length > (size_t)half * 2) {

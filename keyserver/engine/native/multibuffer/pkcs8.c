@@ -141,13 +141,14 @@ static int parse_ec(struct keyreeve_span from, struct keyreeve_pkcs8 *out)
 
 static int parse_rsa(struct keyreeve_span from, struct keyreeve_pkcs8 *out)
 {
-    struct keyreeve_span body;
+    struct keyreeve_span body, others;
     size_t number;
-    if (!take(&from, TAG_SEQUENCE, &body) || from.length != 0 || !take_version(&body, 0))
+    if (!take(&from, TAG_SEQUENCE, &body) || from.length != 0 || !take_version(&body, 1))
         return 0;
     for (number = 0; number < KEYREEVE_RSA_INTEGERS; number++)
         if (!take_integer(&body, &out->integers[number]))
             return 0;
+    out->more_primes = take(&body, TAG_SEQUENCE, &others);
     return body.length == 0;
 }
 

@@ -25,11 +25,12 @@ struct keyreeve_pkcs8 {
     struct keyreeve_span secret; /* EC: the scalar, big-endian; Ed25519: the seed */
     struct keyreeve_span point;  /* EC: the public point as it was written, or empty */
     struct keyreeve_span integers[KEYREEVE_RSA_INTEGERS]; /* RSA: n, e, d, p, q, dP, dQ, qInv, big-endian */
+    int more_primes;                                      /* RSA: there are others beside p and q */
 };
 
 /* Reads a PrivateKeyInfo in DER to its last byte; attributes and the public key of RFC 5958 may follow the
  * key. 0 where it is not one. Spec: RFC 5208 5 (PKCS#8), RFC 5915 3 (EC), RFC 8410 7 (Ed25519), RFC 8017
- * A.1.2 (RSA with two primes). */
+ * A.1.2 (RSA). */
 int keyreeve_pkcs8_parse(const unsigned char *der, size_t length, struct keyreeve_pkcs8 *out);
 
 #endif

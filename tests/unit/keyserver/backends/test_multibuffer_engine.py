@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import pickle
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -269,6 +270,15 @@ BAD_KEYS: dict[str, tuple[KeyType, Callable[[], bytes]]] = {
         ),
     ),
 }
+
+
+@needs_lanes
+def test_a_key_of_three_primes_is_left_to_openssl(engine: MultiBufferEngine) -> None:
+    """Made by OpenSSL, since `cryptography` makes none."""
+    command = ["openssl", "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-outform", "DER"]
+    three = subprocess.run([*command, "-pkeyopt", "rsa_keygen_primes:3"], capture_output=True, check=True).stdout
+    with pytest.raises(KeyUnsuited):
+        engine.load(KeyType.RSA_2048, three)
 
 
 @needs_lanes
