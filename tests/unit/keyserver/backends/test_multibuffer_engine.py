@@ -275,8 +275,19 @@ BAD_KEYS: dict[str, tuple[KeyType, Callable[[], bytes]]] = {
 @needs_lanes
 def test_a_key_of_three_primes_is_left_to_openssl(engine: MultiBufferEngine) -> None:
     """Made by OpenSSL, since `cryptography` makes none."""
-    command = ["openssl", "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-outform", "DER"]
-    three = subprocess.run([*command, "-pkeyopt", "rsa_keygen_primes:3"], capture_output=True, check=True).stdout
+    make = [
+        "openssl",
+        "genpkey",
+        "-algorithm",
+        "RSA",
+        "-pkeyopt",
+        "rsa_keygen_bits:2048",
+        "-pkeyopt",
+        "rsa_keygen_primes:3",
+    ]
+    pem = subprocess.run(make, capture_output=True, check=True).stdout
+    convert = ["openssl", "pkcs8", "-topk8", "-nocrypt", "-outform", "DER"]
+    three = subprocess.run(convert, input=pem, capture_output=True, check=True).stdout
     with pytest.raises(KeyUnsuited):
         engine.load(KeyType.RSA_2048, three)
 
