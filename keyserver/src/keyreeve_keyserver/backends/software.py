@@ -107,9 +107,11 @@ _Item = tuple[_Batch, int, SignRequest]
 class _Lot:
     """What one engine signs of a piece: a request, its key, and what the engine is handed of both."""
 
-    items: list[_Item] = field(default_factory=list)
-    keys: list[_Loaded] = field(default_factory=list)
-    work: list[Work] = field(default_factory=list)
+    signing: list[tuple[_Item, _Loaded, Work]] = field(default_factory=list)
+
+    @property
+    def put(self) -> Callable[[tuple[_Item, _Loaded, Work]], None]:
+        return self.signing.append
 
 
 class SoftwareBackend:
@@ -245,28 +247,34 @@ class SoftwareBackend:
         preferred, _ = self._choose(key_type, len(items))
         now, keys = time.monotonic(), self._keys
         lots = [_Lot() for _ in self._engines]
+        put, last, wanted = lots[preferred].put, None, True
         for item in items:
             batch, index, request = item
-            loaded = keys.get(request.record.key_id)
-            if batch.done.cancelled():
+            if batch is not last:
+                last, wanted = batch, not batch.done.cancelled()
+            if not wanted:
                 continue
+            record = request.record
+            loaded = keys.get(record.key_id)
             if now >= request.deadline:
                 batch.outcomes[index] = DeadlineExceeded("deadline passed before the key was reached")
             # Another record of this id may have been loaded since the request was judged: it was not judged by that one.
-            elif loaded is None or loaded.spki_der != request.record.spki_der:
+            elif loaded is None or loaded.spki_der != record.spki_der:
                 batch.outcomes[index] = KeyNotFound()
+            elif (handle := loaded.handles[preferred]) is not None:
+                put((item, loaded, (handle, request)))
             else:
-                _put(lots, preferred, item, loaded)
+                _put(lots, preferred + 1, item, loaded)
         for place, (engine, lot) in enumerate(zip(self._engines, lots, strict=True)):
-            if not lot.work:
+            if not lot.signing:
                 continue
-            self._signed[engine.name] += len(lot.work)
-            for item, loaded, outcome in zip(lot.items, lot.keys, engine.sign(key_type, lot.work), strict=True):
-                batch, index, _ = item
+            self._signed[engine.name] += len(lot.signing)
+            outcomes = engine.sign(key_type, [work for _, _, work in lot.signing])
+            for ((batch, index, request), loaded, _), outcome in zip(lot.signing, outcomes, strict=True):
                 if outcome is not None:
                     batch.outcomes[index] = outcome
                 elif place + 1 < len(lots):
-                    _put(lots, place + 1, item, loaded)
+                    _put(lots, place + 1, (batch, index, request), loaded)
 
     @staticmethod
     async def _run(executor: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
@@ -304,10 +312,7 @@ def _put(lots: list[_Lot], place: int, item: _Item, loaded: _Loaded) -> None:
     """Into the lot of the first engine from `place` on that has the key; the last has every key."""
     while (handle := loaded.handles[place]) is None:
         place += 1
-    lot = lots[place]
-    lot.items.append(item)
-    lot.keys.append(loaded)
-    lot.work.append((handle, item[2]))
+    lots[place].put((item, loaded, (handle, item[2])))
 
 
 def _count_down(batch: _Batch, count: int) -> None:
