@@ -80,6 +80,12 @@ ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
             ("Backend up", "short", [("keyreeve_signer_backend_up", "{{instance}} {{backend}}")]),
             ("Workers", "short", [("keyreeve_signer_backend_workers", "{{instance}} {{backend}}")]),
             ("Waiting for a worker", "short", [("keyreeve_signer_backend_waiting", "{{instance}} {{backend}}")]),
+            (
+                "Requests by engine",
+                "ops",
+                [(rate("keyreeve_signer_engine_requests_total", "backend, engine"), "{{backend}} {{engine}}")],
+            ),
+            ("Engine fell back", "short", [("keyreeve_signer_engine_fallback", "{{instance}} {{backend}}")]),
             ("Audit log takes records", "short", [("keyreeve_signer_audit_up", "{{instance}}")]),
             (
                 "Audit records",

@@ -36,6 +36,8 @@ from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.schemes import HASHES, KeyType, SignatureScheme, schemes_of
 from keyreeve_common.vault.config import VaultLogin
 from keyreeve_common.verification import rsa_padding
+from keyreeve_engine import available
+from keyreeve_keyserver.backends.engines import EngineChoice
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend, BackendState, CreatedKey, SignRequest
 from keyreeve_keyserver.backends.software import SoftwareBackend
@@ -74,15 +76,20 @@ async def hsm(token: SoftHsmToken) -> AsyncIterator[Pkcs11Backend]:
 
 @pytest.fixture(
     params=[
-        "software",
+        "software-openssl",
+        "software-multibuffer",
         pytest.param("softhsm", marks=[softhsm, needs_softhsm]),
         pytest.param("vault", marks=pytest.mark.openbao),
     ]
 )
 async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Backend]:
     made: Backend
-    if request.param == "software":
-        made = SoftwareBackend("software")
+    if request.param == "software-multibuffer":
+        if not available().usable:
+            pytest.skip(available().reason)
+        made = SoftwareBackend("software", engine=EngineChoice.MULTIBUFFER)
+    elif request.param == "software-openssl":
+        made = SoftwareBackend("software", engine=EngineChoice.OPENSSL)
     elif request.param == "vault":
         bao: OpenBao = request.getfixturevalue("bao")
         mount = bao.enable("transit")

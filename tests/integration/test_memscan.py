@@ -12,6 +12,7 @@ from math import gcd, lcm
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from keyreeve_engine import available
 from keyreeve_testing.memscan import PrivateKey, needles_of, scan_process
 
 KEYS: dict[str, PrivateKey] = {
@@ -117,3 +118,49 @@ def test_a_process_that_is_gone_is_an_error() -> None:
     process.wait()
     with pytest.raises(ProcessLookupError):
         scan_process(process.pid, needles_of(KEYS["ec-p256"]))
+
+
+LANES = """
+import ctypes, sys
+from keyreeve_engine import multibuffer
+kind, length = int(sys.argv[1]), int(sys.argv[2])
+buffer = bytearray(length)
+sys.stdin.buffer.raw.readinto(buffer)
+key = multibuffer.load(kind, buffer)
+assert isinstance(multibuffer.sign(kind, [key], [b"message"], bytes([int(sys.argv[3])]))[0], bytes)
+ctypes.memset((ctypes.c_char * length).from_buffer(buffer), 0, length)
+print("loaded", flush=True)
+sys.stdin.buffer.raw.read(1)
+del key
+print("dropped", flush=True)
+sys.stdin.buffer.raw.read(1)
+"""
+
+
+@pytest.mark.skipif(not available().usable, reason=available().reason)
+@pytest.mark.parametrize(
+    ("kind", "number", "form"), [("ec-p256", 0, 1), ("ec-p384", 1, 2), ("ed25519", 2, 0), ("rsa-2048", 3, 0x41)]
+)
+def test_a_key_in_lanes_lies_in_their_own_pages_alone_and_is_wiped(kind: str, number: int, form: int) -> None:
+    """Also after it has signed. The only copies are the arena's; with the last reference there is none, nor of what libcrypto read it with."""
+    key = KEYS[kind]
+    der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    with subprocess.Popen(
+        [sys.executable, "-c", LANES, str(number), str(len(der)), str(form)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(der)
+        process.stdin.flush()
+        assert process.stdout.readline() == b"loaded\n"
+        loaded = scan_process(process.pid, needles_of(key))
+        process.stdin.write(b".")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"dropped\n"
+        dropped = scan_process(process.pid, needles_of(key))
+        process.stdin.close()
+    assert loaded.hits
+    assert {hit.mapping for hit in loaded.hits} == {"anonymous"}, loaded.hits
+    assert not dropped.hits, dropped.hits

@@ -86,6 +86,12 @@ _ALL = (
     _gauge("keyreeve_signer_backend_up", "1 while the backend serves", "backend"),
     _gauge("keyreeve_signer_backend_workers", "workers that can sign now", "backend"),
     _gauge("keyreeve_signer_backend_waiting", "requests that wait for a worker", "backend"),
+    _gauge(
+        "keyreeve_signer_engine_fallback", "1 while software keys are not signed with the fastest engine", "backend"
+    ),
+    _counter(
+        "keyreeve_signer_engine_requests_total", "requests given to an engine of software keys", "backend", "engine"
+    ),
     _gauge("keyreeve_signer_audit_up", "1 while the audit log takes records; absent where none is configured"),
     _counter("keyreeve_signer_audit_records_total", "records in the audit log"),
     _gauge("keyreeve_signer_audit_unpublished_records", "records that no signed checkpoint covers yet"),

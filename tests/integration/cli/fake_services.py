@@ -142,6 +142,8 @@ class FakeKeyServer(
     scheduled: list[keyserver_pb2.ScheduleKeyDestructionRequest] = field(default_factory=list)
     svid_lifetime: timedelta = timedelta(hours=12)
     backend_detail: str = ""
+    engine: str = ""
+    engine_detail: str = ""
 
     async def CreateKey(self, request: keyserver_pb2.CreateKeyRequest, context: Any) -> keyserver_pb2.Key:
         self.created.append(request)
@@ -236,8 +238,9 @@ class FakeKeyServer(
 
     async def Check(self, request: Any, context: Any) -> keyserver_pb2.HealthResponse:
         backend = keyserver_pb2.BackendHealth(
-            name="hsm", serving=not self.backend_detail, detail=self.backend_detail, custody="token-resident", workers=2
-        )
+            name="hsm", serving=not self.backend_detail, detail=self.backend_detail, custody="token-resident", workers=2,
+            engine=self.engine, engine_detail=self.engine_detail,
+        )  # fmt: skip
         answer = keyserver_pb2.HealthResponse(serving=True, version="1", backends=[backend])
         answer.svid_not_after.FromDatetime(datetime.now(UTC) + self.svid_lifetime)
         return answer

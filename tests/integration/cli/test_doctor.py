@@ -54,6 +54,17 @@ def _write_signer(etc: Path, tmp_path: Path) -> Path:
     return token.conf
 
 
+def test_the_engine_of_software_keys_and_why_it_is_not_faster(services: Services, etc: Path) -> None:
+    _write_keyserver(services, etc)
+    services.key_server.engine = "multibuffer"
+    _, found = _findings(services, etc)
+    assert found["engine of backend hsm"]["state"] == "ok"
+    services.key_server.engine, services.key_server.engine_detail = "openssl", "no multibuffer: no IFMA"
+    _, found = _findings(services, etc)
+    assert found["engine of backend hsm"]["state"] == "warning"
+    assert "no IFMA" in found["engine of backend hsm"]["detail"]
+
+
 def test_an_empty_directory_is_no_installation(services: Services, etc: Path) -> None:
     code, found = _findings(services, etc)
     assert code == 1

@@ -1384,6 +1384,8 @@ class BackendHealth(_message.Message):
     KEY_TYPES_FIELD_NUMBER: _builtins.int
     CUSTODY_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    ENGINE_DETAIL_FIELD_NUMBER: _builtins.int
     CANARY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     serving: _builtins.bool
@@ -1391,6 +1393,10 @@ class BackendHealth(_message.Message):
     """one line: what is wrong and what to do"""
     custody: _builtins.str
     workers: _builtins.int
+    engine: _builtins.str
+    """what a software backend prefers to sign with: "multibuffer", "openssl"; empty for other backends"""
+    engine_detail: _builtins.str
+    """why that is not a faster one; empty where nothing is missing"""
     @_builtins.property
     def key_types(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.KeyType.ValueType]: ...
     @_builtins.property
@@ -1406,11 +1412,13 @@ class BackendHealth(_message.Message):
         key_types: _abc.Iterable[_types_pb2.KeyType.ValueType] | None = ...,
         custody: _builtins.str = ...,
         workers: _builtins.int = ...,
+        engine: _builtins.str = ...,
+        engine_detail: _builtins.str = ...,
         canary: Global___CanaryHealth | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "custody", b"custody", "detail", b"detail", "key_types", b"key_types", "name", b"name", "serving", b"serving", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "custody", b"custody", "detail", b"detail", "engine", b"engine", "engine_detail", b"engine_detail", "key_types", b"key_types", "name", b"name", "serving", b"serving", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

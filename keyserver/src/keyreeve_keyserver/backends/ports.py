@@ -36,7 +36,8 @@ class Capabilities:
 class BackendHealth:
     """`detail` says what to do when it is down. `workers` of `configured` can sign now, `waiting` are the requests not yet begun.
 
-    `protections` are those of a worker process: "on", or why not, by name.
+    `protections` are those of a worker process: "on", or why not, by name. `engine` is what a software backend prefers to sign with;
+    `engine_detail` why it is not a better one, `by_engine` how many requests each was given.
     """
 
     state: BackendState
@@ -45,6 +46,9 @@ class BackendHealth:
     configured: int = 0
     waiting: int = 0
     protections: Mapping[str, str] = field(default_factory=dict)
+    engine: str = ""
+    engine_detail: str = ""
+    by_engine: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

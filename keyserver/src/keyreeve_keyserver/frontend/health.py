@@ -99,6 +99,8 @@ class HealthServicer(keyserver_pb2_grpc.HealthServicer):
                 key_types=[key_type_to_proto(str(key_type)) for key_type in facts.get("key_types", [])],
                 custody=str(facts.get("custody", "")),
                 workers=int(backend.get("workers", 0)),
+                engine=str(backend.get("engine") or ""),
+                engine_detail=str(backend.get("engine_detail") or ""),
             )
 
     def _canary(self, backend: str) -> keyserver_pb2.CanaryHealth | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _ALL = frozenset({"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "HOME", "TMPDIR", "PYTHONPATH"})
+_ENGINE = frozenset({"KEYREEVE_MULTIBUFFER"})  # switches it off, nothing else
 _TOKENS = frozenset({"SOFTHSM2_CONF"})
 
 
@@ -15,7 +16,7 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def signer_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    return _only(environment, _ALL | _TOKENS | {"CREDENTIALS_DIRECTORY"})
+    return _only(environment, _ALL | _TOKENS | _ENGINE | {"CREDENTIALS_DIRECTORY"})
 
 
 def front_end_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -238,7 +238,7 @@ def _audit_log(config: SignerConfig, kek: KeyEncryptionKey) -> AuditLog:
 
 def _backend(config: BackendConfig) -> Backend:
     if config.kind is BackendKind.SOFTWARE:
-        return SoftwareBackend(config.name, threads=config.workers)
+        return SoftwareBackend(config.name, threads=config.workers, engine=config.engine)
     if config.vault is not None:
         return VaultBackend(
             config.name,

@@ -15,6 +15,7 @@ from keyreeve_common.purposes import MAX_MESSAGE_BYTES
 from keyreeve_common.vault.config import VaultConfig, check_mount
 
 from keyreeve_keyserver.audit.config import AuditConfig
+from keyreeve_keyserver.backends.engines import EngineChoice
 from keyreeve_keyserver.hardening.lockdown import Protection
 
 MAX_WORKERS = 64
@@ -110,6 +111,7 @@ class BackendConfig:
     wrapping_key_label: str = "keyreeve-wrapping"
     loaded_keys: int = 64
     workers: int = 0
+    engine: EngineChoice = EngineChoice.AUTO
     call_timeout: timedelta = timedelta(seconds=30)
     sign_timeout: timedelta = timedelta(seconds=10)
     keepalive: timedelta = timedelta(seconds=30)
@@ -135,6 +137,10 @@ class BackendConfig:
         _require(
             self.kind is BackendKind.PKCS11 or self.custody is KeyCustody.RESIDENT,
             f"backend {self.name}: custody is for kind pkcs11 only",
+        )
+        _require(
+            self.kind is BackendKind.SOFTWARE or self.engine is EngineChoice.AUTO,
+            f"backend {self.name}: engine is for kind software only",
         )
         _require(1 <= self.breaker_faults <= 1000, "breaker_faults is not 1 to 1000")
         _require(self.breaker_pause >= timedelta(milliseconds=100), "breaker_pause is below 100ms")

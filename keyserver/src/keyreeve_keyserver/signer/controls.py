@@ -151,6 +151,8 @@ class ControlService:
                     "configured": health.configured,
                     "waiting": health.waiting,
                     "protections": dict(health.protections),
+                    "engine": health.engine,
+                    "engine_detail": health.engine_detail,
                 }
                 for name, health in states
             ],

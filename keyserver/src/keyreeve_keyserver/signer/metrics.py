@@ -48,6 +48,14 @@ class SignerMetrics(MetricSet):
         )
         self.gauges("keyreeve_signer_backend_workers", lambda: [((name,), found.workers) for name, found in health()])
         self.gauges("keyreeve_signer_backend_waiting", lambda: [((name,), found.waiting) for name, found in health()])
+        self.gauges(
+            "keyreeve_signer_engine_fallback",
+            lambda: [((name,), float(bool(found.engine_detail))) for name, found in health() if found.engine],
+        )
+        self.gauges(
+            "keyreeve_signer_engine_requests_total",
+            lambda: [((name, engine), count) for name, found in health() for engine, count in found.by_engine.items()],
+        )
 
 
 def _unpublished(status: AuditStatus) -> int:

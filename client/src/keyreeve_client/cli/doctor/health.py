@@ -40,6 +40,8 @@ def check_key_server(installation: Installation, now: datetime) -> Iterator[Find
                     "; "
                 )
                 yield _serving(f"backend {backend.name}", backend.serving, detail)
+                if backend.engine:
+                    yield _engine(backend)
             if health.HasField("svid_not_after"):
                 yield _expiry("key server's SVID", _time(health.svid_not_after), now, timedelta(minutes=5),
                               "is the CA up and able to reach it? `keyreeve init` mends an expired one")  # fmt: skip
@@ -54,6 +56,15 @@ def _serving(check: str, serving: bool, detail: str) -> Finding:
     if serving:
         return ok(check, f"serves; {detail}" if detail else "serves")
     return failed(check, detail or "does not serve", "look at its log; the detail says what it lacks")
+
+
+def _engine(backend: keyserver_pb2.BackendHealth) -> Finding:
+    check = f"engine of backend {backend.name}"
+    if not backend.engine_detail:
+        return ok(check, f"signs with {backend.engine}")
+    return warning(
+        check, f"signs with {backend.engine}; {backend.engine_detail}", "docs/operations.md: The signing engine"
+    )
 
 
 def _key_clock(stubs: KeyServerStubs, now: datetime) -> Finding:
