@@ -16,13 +16,13 @@ def _pairs(prefix: bytes, nodes: list[bytes]) -> list[bytes]:
     return [sha256(prefix + nodes[at] + nodes[at + 1]).digest() for at in range(0, len(nodes), 2)]
 
 
-hash_each: Callable[[bytes, list[bytes]], list[bytes]]
-hash_pairs: Callable[[bytes, list[bytes]], list[bytes]]
 try:
-    from keyreeve_engine._hashes import sha256_each as hash_each
-    from keyreeve_engine._hashes import sha256_pairs as hash_pairs
+    from keyreeve_engine import _hashes as engine
 except ImportError:
-    hash_each, hash_pairs = _each, _pairs
+    hash_each: Callable[[bytes, list[bytes]], list[bytes]] = _each
+    hash_pairs: Callable[[bytes, list[bytes]], list[bytes]] = _pairs
+else:
+    hash_each, hash_pairs = engine.sha256_each, engine.sha256_pairs
 
 
 def sha256_each(messages: list[bytes]) -> list[bytes]:
