@@ -43,6 +43,7 @@ def module(name: str, *, crypto_mb: bool = False) -> Extension | None:
 
 MODULES = [
     module("multibuffer", crypto_mb=True),
+    module("asyncsign"),
 ]
 
 setup(ext_modules=[each for each in MODULES if each is not None])
