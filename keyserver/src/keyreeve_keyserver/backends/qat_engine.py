@@ -256,7 +256,7 @@ class QatEngine:
             log("breaker_closed", engine=self.name)
 
 
-def _outcome(outcome: bytes | int, is_over: bool) -> SignOutcome | None:  # noqa: FBT001 - private
+def _outcome(outcome: bytes | int, is_over: bool) -> SignOutcome | None:
     """None leaves it to the next engine, which has no use for what is over."""
     if isinstance(outcome, bytes):
         return outcome
