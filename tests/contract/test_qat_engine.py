@@ -161,11 +161,20 @@ async def test_a_probe_that_fails_pauses_longer(setup: Setup) -> None:
     assert setup.signed_by() == {"qat": 3, "openssl": 4}
 
 
-async def test_a_wrong_rsa_signature_is_not_released_and_ends_the_card(
-    setup: Setup, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("fault", "key_type"),
+    [
+        (Fault.WRONG, KeyType.RSA_2048),
+        (Fault.SHAM, KeyType.RSA_2048),
+        (Fault.SHAM, KeyType.EC_P384),
+        (Fault.CUT, KeyType.EC_P384),
+    ],
+)
+async def test_a_wrong_signature_is_not_released_and_ends_the_card(
+    setup: Setup, caplog: pytest.LogCaptureFixture, fault: Fault, key_type: KeyType
 ) -> None:
-    setup.provider.set(Knob.FAULT, Fault.WRONG)
-    await setup.sign_well(KeyType.RSA_2048, 2)
+    setup.provider.set(Knob.FAULT, fault)
+    await setup.sign_well(key_type, 2)
     setup.provider.set(Knob.FAULT, Fault.SOUND)
     setup.clock.ahead_s += 3600
     await setup.sign_well(KeyType.RSA_2048, 2)

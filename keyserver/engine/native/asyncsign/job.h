@@ -40,7 +40,7 @@ keyreeve_job *keyreeve_job_make(OSSL_LIB_CTX *libctx, keyreeve_async_request *re
 keyreeve_async_status keyreeve_job_sign(keyreeve_job *job, OSSL_LIB_CTX *libctx,
                                         const OSSL_PROVIDER *provider, const char *preference);
 
-/* What the caller gets of a job that is done; an RSA signature is verified here, in the caller's thread. */
+/* What the caller gets of a job that is done; signatures are checked here, in the caller's thread. */
 void keyreeve_job_collect(const keyreeve_job *job, OSSL_LIB_CTX *libctx, keyreeve_async_request *request);
 
 void keyreeve_job_free(keyreeve_job *job);

@@ -248,6 +248,10 @@ static int sign(void *context, unsigned char *to, size_t *size, size_t room, con
     pthread_mutex_unlock(&lock);
     if (fault == PAUSING_FAIL)
         return 0;
+    if (fault == PAUSING_SHAM) {
+        *size = 70;
+        return 1;
+    }
     if (fault == PAUSING_BLOCK)
         block();
     else if (fault != PAUSING_AT_ONCE)
@@ -257,6 +261,7 @@ static int sign(void *context, unsigned char *to, size_t *size, size_t room, con
         return 0;
     if (fault == PAUSING_WRONG)
         to[*size - 1] ^= 1;
+    *size -= fault == PAUSING_CUT;
     pthread_mutex_lock(&lock);
     counts[PAUSING_SIGNED]++;
     pthread_mutex_unlock(&lock);

@@ -16,7 +16,16 @@ enum { PAUSING_BY_CALLBACK, PAUSING_BY_FD, PAUSING_BY_NOTHING };
 /* FAIL: signing fails. WRONG: one bit of the signature is wrong. HANG: the card never answers until
  * pausing_let_go. BLOCK: the call does not even return until then. AT_ONCE: it signs without the card, as
  * qatprovider does where it finds none. */
-enum { PAUSING_SOUND, PAUSING_FAIL, PAUSING_WRONG, PAUSING_HANG, PAUSING_BLOCK, PAUSING_AT_ONCE };
+enum {
+    PAUSING_SOUND,
+    PAUSING_FAIL,
+    PAUSING_WRONG,
+    PAUSING_HANG,
+    PAUSING_BLOCK,
+    PAUSING_AT_ONCE,
+    PAUSING_SHAM,
+    PAUSING_CUT
+};
 /* Counts of pausing_get: */
 enum {
     PAUSING_SIGNED,

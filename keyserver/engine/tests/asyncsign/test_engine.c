@@ -228,6 +228,24 @@ static void test_faults(void)
     close_engine(engine);
 }
 
+/* ECDSA is not verified where a card made it, but nothing is released that is no signature, or that no card
+ * made and does not verify. */
+static void test_sham_signatures(uint16_t scheme)
+{
+    keyreeve_async_engine *engine = open_engine(8);
+    EVP_PKEY *pkey = make_key(scheme);
+    keyreeve_async_key *key = load_key(engine, pkey);
+    for (long fault = PAUSING_SHAM; fault <= PAUSING_CUT; fault++) {
+        keyreeve_async_request request = request_for(key, scheme);
+        pausing.set(PAUSING_FAULT, fault);
+        keyreeve_async_engine_sign(engine, &request, 1, LONG);
+        assert(request.status == KEYREEVE_ASYNC_MISMATCH && request.signature_size == 0);
+    }
+    keyreeve_async_key_release(key);
+    EVP_PKEY_free(pkey);
+    close_engine(engine);
+}
+
 /* The key is let go while the card still has it; both are freed once the card has answered. `fault`: the job
  * hangs, or the whole helper. */
 static void test_what_hangs_is_given_up_and_freed_later(long fault)
@@ -349,6 +367,8 @@ int main(int count, char **arguments)
     }
     test_many_threads();
     test_faults();
+    test_sham_signatures(P384);
+    test_sham_signatures(PSS_SHA256);
     test_what_hangs_is_given_up_and_freed_later(PAUSING_HANG);
     test_what_hangs_is_given_up_and_freed_later(PAUSING_BLOCK);
     test_closing_with_jobs_in_flight(PAUSING_HANG);

@@ -20,7 +20,7 @@ class Knob(IntEnum):
 
 
 class Fault(IntEnum):
-    SOUND, FAIL, WRONG, HANG, BLOCK, AT_ONCE = range(6)
+    SOUND, FAIL, WRONG, HANG, BLOCK, AT_ONCE, SHAM, CUT = range(8)
 
 
 class Count(IntEnum):
