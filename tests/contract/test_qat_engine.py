@@ -25,6 +25,7 @@ from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.schemes import DEFAULT_SCHEMES, KeyType
 from keyreeve_common.verification import verify_signature
 from keyreeve_engine import asyncsign
+from keyreeve_keyserver.backends import qat_engine
 from keyreeve_keyserver.backends.engine_choice import Engines, choose_engines
 from keyreeve_keyserver.backends.engines import EngineChoice, EngineUnusable
 from keyreeve_keyserver.backends.openssl_engine import OpenSslEngine
@@ -83,7 +84,7 @@ class Setup:
 @pytest.fixture
 async def setup(provider: PausingProvider) -> AsyncIterator[Setup]:
     clock = Clock()
-    core = asyncsign.open(provider.path.stem, str(provider.path.parent), 64)
+    core = asyncsign.open(provider.path.stem, str(provider.path.parent), 64, 20.0)
     # A card that hangs is given up soon enough for a test; one that is sound is never waited for.
     policy = BreakerPolicy(faults=2, pause=timedelta(seconds=60), longest_pause=timedelta(seconds=600))
     card = QatEngine(asyncsign, core, policy=policy, timeout_s=0.2, clock=clock)
@@ -218,7 +219,7 @@ async def test_many_callers_and_a_card_that_dies_between(setup: Setup) -> None:
 async def test_closing_with_work_at_the_card_ends_in_time_and_loses_no_answer(
     provider: PausingProvider, fault: Fault
 ) -> None:
-    core = asyncsign.open(provider.path.stem, str(provider.path.parent), 4)
+    core = asyncsign.open(provider.path.stem, str(provider.path.parent), 4, 20.0)
     engine = QatEngine(asyncsign, core)
     key = core.load(rsa_pkcs8())
     provider.set(Knob.FAULT, fault)
@@ -242,13 +243,18 @@ def rsa_pkcs8() -> bytes:
 
 
 def test_a_provider_that_is_missing_refuses_or_lies_is_said_with_the_step(
-    provider: PausingProvider, tmp_path: Path
+    provider: PausingProvider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(EngineUnusable, match=r"provider: .*no-such.*\(device: no QAT device"):
         open_qat("no-such-provider", root=tmp_path)
     provider.set(Knob.REFUSE, 1)
     with pytest.raises(EngineUnusable, match="provider: the provider does not load"):
         open_qat(str(provider.path), root=tmp_path)
+    provider.set(Knob.REFUSE, 2)
+    monkeypatch.setattr(qat_engine, "START_TIMEOUT_S", 0.05)
+    with pytest.raises(EngineUnusable, match="provider: the provider did not load in time"):
+        open_qat(str(provider.path), root=tmp_path)
+    monkeypatch.undo()
     provider.set(Knob.REFUSE, 0)
     provider.set(Knob.FAULT, Fault.AT_ONCE)
     with pytest.raises(EngineUnusable, match=r"self-test: .*signs without a card.*\(device: "):
@@ -275,13 +281,13 @@ def test_without_a_card_the_others_sign_and_it_is_no_reason_not_to_start(provide
 
 
 def test_a_key_is_neither_shown_nor_copied(provider: PausingProvider) -> None:
-    core = asyncsign.open(provider.path.stem, str(provider.path.parent), 1)
+    core = asyncsign.open(provider.path.stem, str(provider.path.parent), 1, 20.0)
     key = core.load(rsa_pkcs8())
     assert repr(key) == "<Key>"
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError):
             copied(key)
-    other = asyncsign.open(provider.path.stem, str(provider.path.parent), 1)
+    other = asyncsign.open(provider.path.stem, str(provider.path.parent), 1, 20.0)
     with pytest.raises(ValueError, match="another engine"):
         other.sign([key], [MESSAGE], [0x0804], 1.0)
     for arguments in (

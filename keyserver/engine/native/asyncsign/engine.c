@@ -16,7 +16,6 @@
 #include "helper.h"
 
 #define NANOSECONDS 1000000000ULL
-#define START_TIMEOUT_NS (30 * NANOSECONDS) /* a card is reset and its firmware started meanwhile */
 
 static struct timespec deadline_after(uint64_t timeout_ns)
 {
@@ -129,7 +128,8 @@ static int start_thread(keyreeve_async_engine *engine)
 }
 
 keyreeve_async_status keyreeve_async_engine_open(const char *provider, const char *directory, size_t jobs,
-                                                 keyreeve_async_engine **opened, char *why, size_t why_size)
+                                                 uint64_t timeout_ns, keyreeve_async_engine **opened,
+                                                 char *why, size_t why_size)
 {
     *opened = NULL;
     snprintf(why, why_size, "no memory");
@@ -143,9 +143,9 @@ keyreeve_async_status keyreeve_async_engine_open(const char *provider, const cha
         return KEYREEVE_ASYNC_NO_MEMORY;
     }
     pthread_mutex_lock(&engine->lock);
-    bool came = await(engine, &engine->changed, &engine->started, START_TIMEOUT_NS);
+    bool came = await(engine, &engine->changed, &engine->started, timeout_ns);
     keyreeve_async_status status = came ? engine->start_status : KEYREEVE_ASYNC_NO_PROVIDER;
-    snprintf(why, why_size, "%s", came ? engine->why : "the provider did not load within 30 seconds");
+    snprintf(why, why_size, "%s", came ? engine->why : "the provider did not load in time");
     engine->closing = status != KEYREEVE_ASYNC_OK;
     pthread_mutex_unlock(&engine->lock);
     if (status == KEYREEVE_ASYNC_OK) {

@@ -42,10 +42,11 @@ typedef struct {
     size_t most_running;
 } keyreeve_async_load;
 
-/* Loads `provider` from `directory` (NULL: where OpenSSL looks) and starts the helper. `why` gets a reason
- * that is safe to show. */
+/* Loads `provider` from `directory` (NULL: where OpenSSL looks) and starts the helper. One that is not loaded
+ * after `timeout_ns` is left to itself. `why` gets a reason that is safe to show. */
 keyreeve_async_status keyreeve_async_engine_open(const char *provider, const char *directory, size_t jobs,
-                                                 keyreeve_async_engine **engine, char *why, size_t why_size);
+                                                 uint64_t timeout_ns, keyreeve_async_engine **engine,
+                                                 char *why, size_t why_size);
 
 keyreeve_async_status keyreeve_async_engine_load(keyreeve_async_engine *engine, const unsigned char *pkcs8,
                                                  size_t size, keyreeve_async_key **key);

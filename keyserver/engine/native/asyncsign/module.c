@@ -82,9 +82,10 @@ static void engine_dealloc(PyObject *self)
     PyTypeObject *type = Py_TYPE(self);
     keyreeve_async_engine *engine = ((Engine *)self)->engine;
     if (engine != NULL) {
-        Py_BEGIN_ALLOW_THREADS(void) keyreeve_async_engine_close(engine, 0);
+        PyThreadState *thread = PyEval_SaveThread();
+        (void)keyreeve_async_engine_close(engine, 0);
         keyreeve_async_engine_release(engine);
-        Py_END_ALLOW_THREADS
+        PyEval_RestoreThread(thread);
     }
     type->tp_free(self);
     Py_DECREF(type);
@@ -99,8 +100,10 @@ static PyObject *engine_load(PyObject *self, PyObject *argument)
     module_state *state = state_of(Py_TYPE(self));
     if (state == NULL || PyObject_GetBuffer(argument, &pkcs8, PyBUF_SIMPLE) != 0)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS status = keyreeve_async_engine_load(engine, pkcs8.buf, (size_t)pkcs8.len, &key);
-    Py_END_ALLOW_THREADS PyBuffer_Release(&pkcs8);
+    PyThreadState *thread = PyEval_SaveThread();
+    status = keyreeve_async_engine_load(engine, pkcs8.buf, (size_t)pkcs8.len, &key);
+    PyEval_RestoreThread(thread);
+    PyBuffer_Release(&pkcs8);
     if (status == KEYREEVE_ASYNC_NOT_OFFERED)
         return PyErr_Format(state->not_offered, "the provider does not sign with keys of this type");
     if (status == KEYREEVE_ASYNC_NO_MEMORY)
@@ -189,9 +192,11 @@ static PyObject *engine_sign(PyObject *self, PyObject *arguments)
     }
     if (!read_requests((Engine *)self, state->key_type, columns, requests, count))
         goto done;
-    Py_BEGIN_ALLOW_THREADS keyreeve_async_engine_sign(((Engine *)self)->engine, requests, (size_t)count,
-                                                      (uint64_t)(timeout * NANOSECONDS));
-    Py_END_ALLOW_THREADS outcomes = outcomes_of(requests, count);
+    PyThreadState *thread = PyEval_SaveThread();
+    keyreeve_async_engine_sign(((Engine *)self)->engine, requests, (size_t)count,
+                               (uint64_t)(timeout * NANOSECONDS));
+    PyEval_RestoreThread(thread);
+    outcomes = outcomes_of(requests, count);
 done:
     PyMem_Free(requests);
     for (int i = 0; i < 3; i++)
@@ -216,9 +221,10 @@ static PyObject *engine_close(PyObject *self, PyObject *argument)
         return NULL;
     if (!(timeout >= 0 && timeout <= 3600))
         return PyErr_Format(PyExc_ValueError, "timeout is not 0 to 3600 seconds");
-    Py_BEGIN_ALLOW_THREADS ended =
-        keyreeve_async_engine_close(((Engine *)self)->engine, (uint64_t)(timeout * NANOSECONDS));
-    Py_END_ALLOW_THREADS return PyBool_FromLong(ended);
+    PyThreadState *thread = PyEval_SaveThread();
+    ended = keyreeve_async_engine_close(((Engine *)self)->engine, (uint64_t)(timeout * NANOSECONDS));
+    PyEval_RestoreThread(thread);
+    return PyBool_FromLong(ended);
 }
 
 static PyMethodDef engine_methods[] = {
@@ -243,17 +249,23 @@ static PyObject *open_engine(PyObject *module, PyObject *arguments)
 {
     const char *provider, *directory;
     int jobs;
+    double timeout;
     char why[WHY_MAX];
     keyreeve_async_engine *engine = NULL;
     keyreeve_async_status status;
     module_state *state = PyModule_GetState(module);
-    if (!PyArg_ParseTuple(arguments, "szi:open", &provider, &directory, &jobs))
+    if (!PyArg_ParseTuple(arguments, "szid:open", &provider, &directory, &jobs, &timeout))
         return NULL;
     if (jobs < 1 || jobs > KEYREEVE_ASYNC_JOBS_MAX)
         return PyErr_Format(PyExc_ValueError, "jobs is not 1 to %d", KEYREEVE_ASYNC_JOBS_MAX);
-    Py_BEGIN_ALLOW_THREADS status =
-        keyreeve_async_engine_open(provider, directory, (size_t)jobs, &engine, why, sizeof(why));
-    Py_END_ALLOW_THREADS if (status != KEYREEVE_ASYNC_OK) return PyErr_Format(state->unusable, "%s", why);
+    if (!(timeout >= 0 && timeout <= 3600))
+        return PyErr_Format(PyExc_ValueError, "timeout is not 0 to 3600 seconds");
+    PyThreadState *thread = PyEval_SaveThread();
+    status = keyreeve_async_engine_open(provider, directory, (size_t)jobs, (uint64_t)(timeout * NANOSECONDS),
+                                        &engine, why, sizeof(why));
+    PyEval_RestoreThread(thread);
+    if (status != KEYREEVE_ASYNC_OK)
+        return PyErr_Format(state->unusable, "%s", why);
     Engine *made = (Engine *)state->engine_type->tp_alloc(state->engine_type, 0);
     if (made == NULL) {
         (void)keyreeve_async_engine_close(engine, 0);

@@ -41,5 +41,8 @@ class Engine:
     def close(self, timeout: float, /) -> bool:
         """False where a request did not end within `timeout` seconds: then what it uses stays until the process ends."""
 
-def open(provider: str, directory: str | None, jobs: int, /) -> Engine:
-    """Loads the provider, from `directory` or where OpenSSL looks, for up to `jobs` requests at once. Raises: Unusable, ValueError."""
+def open(provider: str, directory: str | None, jobs: int, timeout: float, /) -> Engine:
+    """Loads the provider, from `directory` or where OpenSSL looks, for up to `jobs` requests at once.
+
+    Raises: Unusable, also where it does not load within `timeout` seconds; ValueError.
+    """

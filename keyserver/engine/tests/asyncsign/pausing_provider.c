@@ -379,8 +379,19 @@ static const OSSL_ALGORITHM *query(void *provider, int operation, int *no_store)
     return operation == OSSL_OP_KEYMGMT ? keys : operation == OSSL_OP_SIGNATURE ? signatures : NULL;
 }
 
-static const OSSL_DISPATCH provider_functions[] = {{OSSL_FUNC_PROVIDER_QUERY_OPERATION, FUNCTION(query)},
-                                                   {0, NULL}};
+static void teardown(void *context)
+{
+    (void)context;
+    pthread_mutex_lock(&lock);
+    counts[PAUSING_UNLOADED]++;
+    pthread_mutex_unlock(&lock);
+}
+
+static const OSSL_DISPATCH provider_functions[] = {
+    {OSSL_FUNC_PROVIDER_QUERY_OPERATION, FUNCTION(query)},
+    {OSSL_FUNC_PROVIDER_TEARDOWN, FUNCTION(teardown)},
+    {0, NULL},
+};
 
 static void begin_card(void)
 {

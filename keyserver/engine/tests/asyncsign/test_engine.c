@@ -55,7 +55,7 @@ static keyreeve_async_engine *open_engine(size_t jobs)
     keyreeve_async_engine *engine;
     pausing.reset();
     keyreeve_async_status status =
-        keyreeve_async_engine_open("keyreeve_pausing", directory, jobs, &engine, why, sizeof(why));
+        keyreeve_async_engine_open("keyreeve_pausing", directory, jobs, LONG, &engine, why, sizeof(why));
     if (status != KEYREEVE_ASYNC_OK)
         fprintf(stderr, "engine did not open: %s\n", why);
     assert(status == KEYREEVE_ASYNC_OK);
@@ -342,16 +342,32 @@ static void test_a_provider_that_does_not_load(void)
 {
     char why[256];
     keyreeve_async_engine *engine;
-    assert(keyreeve_async_engine_open("no-such-provider", directory, 8, &engine, why, sizeof(why)) ==
+    assert(keyreeve_async_engine_open("no-such-provider", directory, 8, LONG, &engine, why, sizeof(why)) ==
            KEYREEVE_ASYNC_NO_PROVIDER);
     assert(engine == NULL && strstr(why, "no-such-provider") != NULL);
     pausing.reset();
     pausing.set(PAUSING_REFUSE, 1);
-    assert(keyreeve_async_engine_open("keyreeve_pausing", directory, 8, &engine, why, sizeof(why)) ==
+    assert(keyreeve_async_engine_open("keyreeve_pausing", directory, 8, LONG, &engine, why, sizeof(why)) ==
            KEYREEVE_ASYNC_NO_PROVIDER);
     assert(engine == NULL && why[0] != '\0');
-    assert(keyreeve_async_engine_open("default", NULL, 0, &engine, why, sizeof(why)) ==
+    assert(keyreeve_async_engine_open("default", NULL, 0, LONG, &engine, why, sizeof(why)) ==
            KEYREEVE_ASYNC_BAD_REQUEST);
+}
+
+/* Nobody waits for it longer than asked, and when it has loaded at last it is let go again. */
+static void test_a_provider_that_hangs_while_it_loads(void)
+{
+    char why[256];
+    keyreeve_async_engine *engine;
+    pausing.reset();
+    long before = pausing.get(PAUSING_UNLOADED);
+    pausing.set(PAUSING_REFUSE, 2);
+    assert(keyreeve_async_engine_open("keyreeve_pausing", directory, 8, SHORT, &engine, why, sizeof(why)) ==
+           KEYREEVE_ASYNC_NO_PROVIDER);
+    assert(engine == NULL && strstr(why, "in time") != NULL);
+    pausing.set(PAUSING_REFUSE, 0);
+    while (pausing.get(PAUSING_UNLOADED) == before)
+        sched_yield();
 }
 
 int main(int count, char **arguments)
@@ -360,6 +376,7 @@ int main(int count, char **arguments)
         return 2;
     directory = arguments[1];
     find_knobs();
+    test_a_provider_that_hangs_while_it_loads();
     for (long wake = PAUSING_BY_CALLBACK; wake <= PAUSING_BY_NOTHING; wake++) {
         test_every_scheme(wake, 0);
         test_every_scheme(wake, 3);

@@ -50,6 +50,7 @@ PIECES: Mapping[KeyType, int] = {
 # A card answers in well under a millisecond, and with its queue full in some. What takes this long is a fault; the next engine still has time.
 CARD_TIMEOUT_S = 0.25
 CLOSE_TIMEOUT_S = 2.0
+START_TIMEOUT_S = 30.0  # a card is reset and its firmware started meanwhile
 JOBS = 128
 _PREHASHED = 0x10000
 _PROBE = b"keyreeve QAT self-test"
@@ -91,7 +92,7 @@ def open_qat(provider: str = DEFAULT_PROVIDER, *, root: Path = Path("/")) -> Qat
         raise EngineUnusable("keyreeve-engine is not installed: install keyreeve-keyserver[engine]")
     name, directory = _split(provider)
     try:
-        core = asyncsign.open(name, directory, JOBS)
+        core = asyncsign.open(name, directory, JOBS, START_TIMEOUT_S)
     except asyncsign.Unusable as failed:
         raise EngineUnusable(f"provider: {failed}{_host(root)}") from None
     engine = QatEngine(asyncsign, core)

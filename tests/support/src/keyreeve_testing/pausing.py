@@ -24,7 +24,7 @@ class Fault(IntEnum):
 
 
 class Count(IntEnum):
-    SIGNED, WITH_THE_CARD, MOST_WITH_THE_CARD, OUTSIDE_JOBS = range(4)
+    SIGNED, WITH_THE_CARD, MOST_WITH_THE_CARD, OUTSIDE_JOBS, UNLOADED = range(5)
 
 
 class PausingProvider:
