@@ -34,7 +34,7 @@ from keyreeve_keyserver.backends.qat_engine import PIECES, QatEngine, open_qat
 from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.domain.breaker import BreakerPolicy
 from keyreeve_keyserver.domain.keys import KeyRecord
-from keyreeve_keyserver.signer.config import BackendConfig, BackendKind
+from keyreeve_keyserver.signer.config import BackendConfig, BackendKind, SealingConfig, SignerConfig
 from keyreeve_testing.pausing import Count, Fault, Knob, PausingProvider, pausing_provider
 
 MESSAGE = b"a message that the signer has judged"
@@ -312,3 +312,11 @@ def test_the_provider_is_named_with_its_engine_only() -> None:
     for wrong in ("", "a b", "relative/qat.so", "/etc/passwd", "../x.so", "/opt/q\0.so"):
         with pytest.raises(ConfigInvalid, match="neither a name"):
             BackendConfig("soft", BackendKind.SOFTWARE, engine=EngineChoice.QAT, qat_provider=wrong)
+
+
+def test_one_backend_alone_has_the_card() -> None:
+    backends = tuple(BackendConfig(name, BackendKind.SOFTWARE, engine=EngineChoice.QAT) for name in ("one", "two"))
+    sealing = SealingConfig(passphrase_file=Path("passphrase"))
+    SignerConfig(sealing, backends[:1])
+    with pytest.raises(ConfigInvalid, match="two backends have engine qat"):
+        SignerConfig(sealing, backends, default_backend="one")

@@ -252,6 +252,8 @@ class SignerConfig:
         by = self.sealing.token_backend
         _require(by is None or by in token_backends, "sealing.token_backend names no backend of kind pkcs11")
         vaults = [backend.name for backend in self.backend if backend.kind is BackendKind.VAULT]
+        with_card = [backend for backend in self.backend if backend.engine is EngineChoice.QAT]
+        _require(len(with_card) <= 1, "two backends have engine qat: the card's library is one for the whole process")
         by = self.sealing.vault_backend
         _require(by is None or by in vaults, "sealing.vault_backend names no backend of kind vault")
 
