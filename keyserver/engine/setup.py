@@ -44,6 +44,7 @@ def module(name: str, *, crypto_mb: bool = False) -> Extension | None:
 MODULES = [
     module("multibuffer", crypto_mb=True),
     module("hashes"),
+    module("asyncsign"),
 ]
 
 setup(ext_modules=[each for each in MODULES if each is not None])

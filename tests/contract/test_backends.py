@@ -37,6 +37,7 @@ from keyreeve_common.schemes import HASHES, KeyType, SignatureScheme, schemes_of
 from keyreeve_common.vault.config import VaultLogin
 from keyreeve_common.verification import rsa_padding
 from keyreeve_engine import available
+from keyreeve_keyserver.backends.engine_choice import choose_engines
 from keyreeve_keyserver.backends.engines import EngineChoice
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend, BackendState, CreatedKey, SignRequest
@@ -44,6 +45,7 @@ from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.backends.worker_pool import PoolPolicy
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_testing.openbao import PREFIX, TRANSIT_POLICY, OpenBao, transit_config, vault_backend
+from keyreeve_testing.pausing import pausing_provider
 from keyreeve_testing.softhsm import SoftHsmToken, make_softhsm_token, softhsm_is_installed
 
 softhsm = pytest.mark.softhsm
@@ -78,6 +80,7 @@ async def hsm(token: SoftHsmToken) -> AsyncIterator[Pkcs11Backend]:
     params=[
         "software-openssl",
         "software-multibuffer",
+        "software-qat",
         pytest.param("softhsm", marks=[softhsm, needs_softhsm]),
         pytest.param("vault", marks=pytest.mark.openbao),
     ]
@@ -88,6 +91,11 @@ async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         if not available().usable:
             pytest.skip(available().reason)
         made = SoftwareBackend("software", engine=EngineChoice.MULTIBUFFER)
+    elif request.param == "software-qat":
+        provider = pausing_provider()
+        provider.reset()
+        made = SoftwareBackend("software", engines=choose_engines(EngineChoice.QAT, qat_provider=str(provider.path)))
+        assert made.health().engine == "qat"
     elif request.param == "software-openssl":
         made = SoftwareBackend("software", engine=EngineChoice.OPENSSL)
     elif request.param == "vault":

@@ -16,6 +16,7 @@ from keyreeve_common.schemes import DEFAULT_SCHEMES, KeyType
 from keyreeve_common.verification import verify_signature
 from keyreeve_engine import SWITCH, available
 from keyreeve_keyserver import frames
+from keyreeve_testing.pausing import pausing_provider
 from keyreeve_testing.signer import SignerClient, running_signer, signer_command, write_signer_config
 
 CONTENT = build_tls13_content(Purpose.TLS13_SERVER_VERIFY, bytes(range(32)))
@@ -120,3 +121,37 @@ def test_a_signer_that_must_have_lanes_does_not_start_without(tmp_path: Path, mo
     )
     assert ended.returncode == 78
     assert SWITCH in ended.stderr
+
+
+def test_a_card_signs_inside_the_sandbox(tmp_path: Path) -> None:
+    """The test provider stands for the card: its thread, the helper and its descriptors, under Landlock and the filter."""
+    config = write_signer_config(tmp_path / "etc")
+    config.write_text(config.read_text() + f'engine = "qat"\nqat_provider = "{pausing_provider().path}"\n')
+    log = tmp_path / "log"
+    with running_signer(config, log=log) as signer:
+        sign_and_verify(signer)
+        health = signer.control("health")
+        assert health["protections"]["calls"] == health["protections"]["files"] == "on"
+        (backend,) = health["backends"]
+        assert backend["engine"] == "qat"
+        assert "qat" not in backend["engine_detail"]
+        by_engine = counts(signer, "keyreeve_signer_engine_requests_total")
+        assert by_engine["qat"] >= 32  # RSA and P-384
+        assert sum(by_engine.values()) >= by_engine["qat"] + 32  # P-256 and Ed25519 stay off the card
+    (ready,) = events(log, "qat_ready")
+    assert ready["key_types"] == "ec-p384,rsa-2048,rsa-3072,rsa-4096"
+
+
+def test_a_card_that_is_not_there_is_said_and_the_others_sign(tmp_path: Path) -> None:
+    config = write_signer_config(tmp_path / "etc")
+    config.write_text(config.read_text() + 'engine = "qat"\nqat_provider = "no-such-provider"\n')
+    log = tmp_path / "log"
+    with running_signer(config, log=log) as signer:
+        sign_and_verify(signer)
+        (backend,) = signer.control("health")["backends"]
+        assert backend["engine"] in {"multibuffer", "openssl"}
+        assert backend["engine_detail"].startswith("no qat: provider: ")
+        assert counts(signer, "keyreeve_signer_engine_fallback") == {"software": 1}
+    (said,) = events(log, "signing_engine")
+    assert said["level"] == "warning"
+    assert "no-such-provider" in said["detail"]

@@ -103,6 +103,28 @@ def test_systemd_reads_the_unit(name: str) -> None:
 
 
 @needs_systemd
+def test_systemd_reads_the_drop_in_for_a_card(tmp_path: Path) -> None:
+    """And with it the signer gets vfio, a group, and none of the rest of /dev."""
+    unit = tmp_path / "keyreeve-signer.service"
+    drop_in = tmp_path / "keyreeve-signer.service.d/qat.conf"
+    drop_in.parent.mkdir()
+    unit.write_text((UNITS / unit.name).read_text())
+    drop_in.write_text((UNITS / "keyreeve-signer-qat.conf").read_text())
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(unit)],
+        capture_output=True, text=True, check=False, env={**os.environ, "SYSTEMD_LOG_TARGET": "console"},
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if "keyreeve" in line and "is not executable" not in line]
+    assert not said
+    settings = [line for line in drop_in.read_text().splitlines() if "=" in line and not line.startswith("#")]
+    assert [line for line in settings if line.startswith("DeviceAllow=")] == [
+        "DeviceAllow=/dev/vfio/vfio rw",
+        "DeviceAllow=char-vfio rw",
+    ]
+    assert "DevicePolicy=closed" in unit.read_text().splitlines()
+
+
+@needs_systemd
 @pytest.mark.parametrize(("name", "most"), EXPOSURE.items())
 def test_the_unit_is_hardened(name: str, most: float) -> None:
     done = subprocess.run(

@@ -42,3 +42,4 @@ def _optional(name: str) -> ModuleType | None:
 
 # With the package, not when it is first needed: the signer may not open files then.
 multibuffer = _optional("_multibuffer")
+asyncsign = _optional("_asyncsign")

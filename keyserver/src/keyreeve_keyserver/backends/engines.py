@@ -22,11 +22,16 @@ class EngineChoice(StrEnum):
     AUTO = "auto"
     OPENSSL = "openssl"
     MULTIBUFFER = "multibuffer"
+    QAT = "qat"
 
 
 Handle = NewType("Handle", object)
 Work = tuple[Handle, SignRequest]
 """A key as this engine has loaded it, and what it is to sign; the scheme fits the type of the key."""
+
+
+class EngineUnusable(Exception):
+    """Why an engine does not sign here."""
 
 
 class KeyUnsuited(Exception):

@@ -19,7 +19,7 @@ from keyreeve_common.schemes import DEFAULT_SCHEMES, KeyType, Padding, Signature
 from keyreeve_common.telemetry import log, log_warning
 from keyreeve_common.verification import verify_signature
 
-from keyreeve_keyserver.backends.engines import EngineHealth, Handle, KeyUnsuited, Work
+from keyreeve_keyserver.backends.engines import EngineHealth, EngineUnusable, Handle, KeyUnsuited, Work
 from keyreeve_keyserver.backends.openssl_engine import PrivateKey, sign_with
 from keyreeve_keyserver.backends.ports import SignatureMismatch, SignOutcome
 
@@ -53,10 +53,6 @@ _PIECES = {
 }
 _PROBE = b"keyreeve multibuffer self-test"
 _MEASUREMENTS = 3
-
-
-class EngineUnusable(Exception):
-    """Why this engine does not sign here."""
 
 
 class MultiBuffer(Protocol):

@@ -160,6 +160,7 @@ class SoftwareBackend:
             batch.outcomes[index] = TokenUnavailable("the signer is stopping")
             _count_down(batch, 1)
         self._keys.clear()
+        await asyncio.to_thread(self._chosen.close)
 
     def capabilities(self) -> Capabilities:
         return Capabilities(Custody.SEALED_SOFTWARE, tuple(KeyType), tuple(sorted(SignatureScheme)))

@@ -36,6 +36,8 @@ _POLLING = (
 _OPEN_SOCKETS = "recvfrom recvmsg sendmsg accept accept4 getsockname getpeername getsockopt setsockopt shutdown"
 _MACHINE = "getrandom uname sysinfo getrlimit"
 _IOCTLS = (0x5421, 0x5451, 0x5450, 0x541B, 0x5401, 0x5413)  # FIONBIO FIOCLEX FIONCLEX FIONREAD TCGETS TIOCGWINSZ
+# What qatlib asks of an open vfio container when it needs another slab of memory: VFIO_IOMMU_MAP_DMA VFIO_IOMMU_UNMAP_DMA. Spec: linux/vfio.h
+_CARD_IOCTLS = (0x3B71, 0x3B72)
 _PR_SET_DUMPABLE = 4
 _PRCTLS = (15, 16, 0x53564D41)  # PR_SET_NAME PR_GET_NAME PR_SET_VMA
 
@@ -55,8 +57,8 @@ _REST = "memfd_create symlink symlinkat setxattr lsetxattr fsetxattr removexattr
 ABSENT = (Call("clone3"),)  # its flags lie in memory, where a filter cannot look: glibc falls back to clone
 
 
-def signer_allows() -> tuple[Call, ...]:
-    """With this process's own id, to which alone it may send signals."""
+def signer_allows(*, card: bool = False) -> tuple[Call, ...]:
+    """With this process's own id, to which alone it may send signals. `card`: a QAT card is open, and memory may be shared with it."""
     return (
         *_calls(_FILES, _MEMORY, _THREADS, _CHILDREN, _TIME, _SIGNALS, _POLLING, _OPEN_SOCKETS, _MACHINE),
         Call("clone", (_mask(0, _CLONE_THREAD, _CLONE_THREAD),)),
@@ -66,7 +68,7 @@ def signer_allows() -> tuple[Call, ...]:
         Call("tgkill", (Argument(0, Compare.EQ, os.getpid()),)),
         Call("sendto", (Argument(4, Compare.EQ, 0),)),  # no address: to the peer of the socket alone
         Call("prlimit64", (Argument(2, Compare.EQ, 0),)),  # reads a limit, sets none
-        *(Call("ioctl", (_mask(1, 0xFFFF_FFFF, request),)) for request in _IOCTLS),
+        *(Call("ioctl", (_mask(1, 0xFFFF_FFFF, request),)) for request in _IOCTLS + (_CARD_IOCTLS if card else ())),
         *(Call("fcntl", (_mask(1, 0xFFFF_FFFF, command),)) for command in _FCNTLS),
         *(Call("prctl", (_mask(0, 0xFFFF_FFFF, option),)) for option in _PRCTLS),
     )

@@ -84,7 +84,16 @@ def protect_self(protections: Protections) -> None:
     protections.apply(Protection.MEMORY_LOCKED, process.lock_memory)
 
 
-def confine_signer_files(protections: Protections, *, writes: Sequence[Path], sockets: Sequence[Path]) -> None:
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A QAT card that the signer opens itself, by vfio; `providers` are files of OpenSSL providers outside the system's libraries."""
+
+    providers: tuple[Path, ...] = ()
+
+
+def confine_signer_files(
+    protections: Protections, *, writes: Sequence[Path], sockets: Sequence[Path], card: Card | None = None
+) -> None:
     """The second step of the signer: its launcher runs and its secrets are read. There is one thread still.
 
     `writes` are directories that it may fill; in `sockets` it may make and remove a socket file.
@@ -93,16 +102,17 @@ def confine_signer_files(protections: Protections, *, writes: Sequence[Path], so
         *_program_rules(),
         *(Rule(path, WRITE) for path in writes),
         *(Rule(path, SOCKET) for path in sockets),
+        *_card_rules(card),
     ]
     _confine_files(protections, rules, tcp=False)
     protections.apply(Protection.NO_CAPABILITIES, process.drop_capabilities)
 
 
-def confine_signer_calls(protections: Protections) -> None:
-    """The last step of the signer: every socket is open, every thread pool may begin its threads."""
+def confine_signer_calls(protections: Protections, *, card: bool = False) -> None:
+    """The last step of the signer: every socket and device is open, every thread pool may begin its threads."""
     _finish_a_thread()
     protections.apply(
-        Protection.CALLS, lambda: seccomp.allow_only(calls.signer_allows(), forbidden=calls.signer_forbids())
+        Protection.CALLS, lambda: seccomp.allow_only(calls.signer_allows(card=card), forbidden=calls.signer_forbids())
     )
 
 
@@ -148,6 +158,18 @@ _SYSTEM_READS = (
     "/usr/share", "/etc/ssl", "/etc/pkcs11", "/etc/softhsm", "/etc/crypto-policies", "/etc/hosts", "/etc/resolv.conf", "/etc/host.conf",
     "/etc/nsswitch.conf", "/etc/services", "/etc/gai.conf", "/etc/passwd", "/etc/group",
 )  # fmt: skip
+
+
+def _card_rules(card: Card | None) -> list[Rule]:
+    """What qatlib opens while it starts: which devices there are, and the groups of vfio. The daemon's socket needs no rule."""
+    if card is None:
+        return []
+    shown = ("/sys/bus/pci", "/sys/devices", "/sys/kernel/iommu_groups", "/run/qat")
+    return [
+        *(Rule(Path(path), READ) for path in shown),
+        *(Rule(path, READ) for path in card.providers),
+        Rule(Path("/dev/vfio"), DEVICE | Access.READ_DIR),
+    ]
 
 
 def _program_rules() -> list[Rule]:

@@ -25,6 +25,8 @@ from keyreeve_common.telemetry import configure_logging, log, log_error, log_war
 from keyreeve_keyserver.audit.file_log import FileAuditLog
 from keyreeve_keyserver.audit.ports import AuditLog, NullAuditLog
 from keyreeve_keyserver.audit.publication import DIRECTORY_MODE
+from keyreeve_keyserver.backends.engine_choice import choose_engines
+from keyreeve_keyserver.backends.engines import EngineChoice
 from keyreeve_keyserver.backends.launch import WorkerSpec
 from keyreeve_keyserver.backends.launcher_link import LauncherLink
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
@@ -36,6 +38,7 @@ from keyreeve_keyserver.backends.worker_pool import PoolPolicy
 from keyreeve_keyserver.domain.breaker import BreakerPolicy
 from keyreeve_keyserver.domain.keys import Custody
 from keyreeve_keyserver.hardening.lockdown import (
+    Card,
     Protections,
     confine_signer_calls,
     confine_signer_files,
@@ -135,7 +138,7 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace, protections:
     announce: Callable[[], None] = ready_notice("serving") if arguments.listen is not None else lambda: None
     # 2. Files and capabilities. Threads begin only after this: these rules bind the thread that asks for them, and those that it begins.
     sockets = [arguments.listen.absolute().parent] if arguments.listen is not None else []
-    confine_signer_files(protections, writes=_written(config), sockets=sockets)
+    confine_signer_files(protections, writes=_written(config), sockets=sockets, card=_card(config))
     # 3. All that serves; system calls last, in `_lock`.
     backends = {each.name: with_workers.get(each.name) or _backend(each) for each in config.backend}
     keys, now = KeyTable(), _now
@@ -191,7 +194,7 @@ async def _launcher(workers: list[WorkerSpec], descriptor: int | None) -> Launch
 
 def _lock(config: SignerConfig, protections: Protections, backends: Mapping[str, Backend]) -> None:
     """The last step before the first foreign byte is read. Raises: ConfigInvalid where a protection is required and not to be had."""
-    confine_signer_calls(protections)
+    confine_signer_calls(protections, card=_card(config) is not None)
     said = log_warning if protections.missing else log
     said("signer_hardened", **{name.replace("-", "_"): state for name, state in protections.describe().items()})
     protections.require(config.hardening.required)
@@ -221,6 +224,12 @@ async def _until_signal(serving: Coroutine[None, None, None], launcher: Launcher
             missing.cancel()
 
 
+def _card(config: SignerConfig) -> Card | None:
+    """Asked for, whether it is there or not: what the sandbox admits is the configuration's word, not the machine's."""
+    asked = [backend.qat_provider for backend in config.backend if backend.engine is EngineChoice.QAT]
+    return Card(tuple(Path(path) for path in asked if path.startswith("/"))) if asked else None
+
+
 def _written(config: SignerConfig) -> list[Path]:
     """The one place that the signer writes to, made while it still may. Raises: ConfigInvalid."""
     if config.audit is None:
@@ -238,7 +247,8 @@ def _audit_log(config: SignerConfig, kek: KeyEncryptionKey) -> AuditLog:
 
 def _backend(config: BackendConfig) -> Backend:
     if config.kind is BackendKind.SOFTWARE:
-        return SoftwareBackend(config.name, threads=config.workers, engine=config.engine)
+        engines = choose_engines(config.engine, qat_provider=config.qat_provider)
+        return SoftwareBackend(config.name, threads=config.workers, engines=engines)
     if config.vault is not None:
         return VaultBackend(
             config.name,

@@ -16,9 +16,11 @@ from keyreeve_common.vault.config import VaultConfig, check_mount
 
 from keyreeve_keyserver.audit.config import AuditConfig
 from keyreeve_keyserver.backends.engines import EngineChoice
+from keyreeve_keyserver.backends.qat_engine import DEFAULT_PROVIDER
 from keyreeve_keyserver.hardening.lockdown import Protection
 
 MAX_WORKERS = 64
+_PROVIDER = re.compile(r"(/[^/\0]+)*/[A-Za-z0-9_-]{1,64}\.so|[A-Za-z0-9_-]{1,64}", re.ASCII)
 _KEY_PREFIX = re.compile(r"[a-z0-9][a-z0-9-]{0,23}", re.ASCII)
 
 
@@ -112,6 +114,7 @@ class BackendConfig:
     loaded_keys: int = 64
     workers: int = 0
     engine: EngineChoice = EngineChoice.AUTO
+    qat_provider: str = DEFAULT_PROVIDER
     call_timeout: timedelta = timedelta(seconds=30)
     sign_timeout: timedelta = timedelta(seconds=10)
     keepalive: timedelta = timedelta(seconds=30)
@@ -141,6 +144,14 @@ class BackendConfig:
         _require(
             self.kind is BackendKind.SOFTWARE or self.engine is EngineChoice.AUTO,
             f"backend {self.name}: engine is for kind software only",
+        )
+        _require(
+            self.engine is EngineChoice.QAT or self.qat_provider == DEFAULT_PROVIDER,
+            f"backend {self.name}: qat_provider is for engine qat only",
+        )
+        _require(
+            _PROVIDER.fullmatch(self.qat_provider) is not None,
+            f"backend {self.name}: qat_provider is neither a name nor the absolute path of a provider's file",
         )
         _require(1 <= self.breaker_faults <= 1000, "breaker_faults is not 1 to 1000")
         _require(self.breaker_pause >= timedelta(milliseconds=100), "breaker_pause is below 100ms")
@@ -241,6 +252,8 @@ class SignerConfig:
         by = self.sealing.token_backend
         _require(by is None or by in token_backends, "sealing.token_backend names no backend of kind pkcs11")
         vaults = [backend.name for backend in self.backend if backend.kind is BackendKind.VAULT]
+        with_card = [backend for backend in self.backend if backend.engine is EngineChoice.QAT]
+        _require(len(with_card) <= 1, "two backends have engine qat: the card's library is one for the whole process")
         by = self.sealing.vault_backend
         _require(by is None or by in vaults, "sealing.vault_backend names no backend of kind vault")
 

@@ -94,3 +94,32 @@ def test_no_call_is_allowed_and_forbidden_but_by_its_arguments() -> None:
         "ptrace",
         "listen",
     }
+
+
+def rules_made(monkeypatch: pytest.MonkeyPatch, card: lockdown.Card | None) -> dict[str, landlock.Access]:
+    made: dict[str, landlock.Access] = {}
+    monkeypatch.setattr(landlock, "confine", lambda rules, **_: made.update({str(r.path): r.access for r in rules}))
+    monkeypatch.setattr(process, "drop_capabilities", lambda: None)
+    lockdown.confine_signer_files(Protections(), writes=[], sockets=[], card=card)
+    return made
+
+
+def test_devices_are_admitted_only_where_a_card_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = Path("/opt/qat/qatprovider.so")
+    without, with_card = rules_made(monkeypatch, None), rules_made(monkeypatch, lockdown.Card((provider,)))
+    added = with_card.keys() - without.keys()
+    assert added == {
+        "/sys/bus/pci",
+        "/sys/devices",
+        "/sys/kernel/iommu_groups",
+        "/run/qat",
+        "/dev/vfio",
+        str(provider),
+    }
+    assert [path for path in added if with_card[path] & landlock.Access.WRITE_FILE] == ["/dev/vfio"]
+
+
+def test_a_card_adds_two_requests_of_vfio_to_the_calls_and_takes_none_of_the_forbidden_away() -> None:
+    added = set(calls.signer_allows(card=True)) - set(calls.signer_allows())
+    assert {(call.name, call.arguments[0].masked) for call in added} == {("ioctl", 0x3B71), ("ioctl", 0x3B72)}
+    assert set(calls.signer_allows()) <= set(calls.signer_allows(card=True))
