@@ -14,6 +14,8 @@ from keyreeve_client.channel import open_local_channel, open_sync_local_channel
 from keyreeve_client.sign_client import (
     MAX_BATCH_ITEMS,
     MAX_BATCHES_IN_FLIGHT,
+    Outcome,
+    Pending,
     SignClient,
     SignStreamClient,
     StreamLost,
@@ -95,13 +97,17 @@ async def test_what_is_no_time_to_wait_is_none(seconds: int) -> None:
     assert isinstance(frame, RefusedFrame)
 
 
-async def _delivered(result: Any) -> BaseException | None:
+async def _delivered(result: Any) -> Outcome:
     no: Any = None
-    stream = _Stream(no, no)
-    answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-    stream.outstanding[1] = (answer, _Batch({1}, 0.0))
+    stream, outcomes = _Stream(no, no), list[Outcome]()
+    pending = Pending(
+        no, outcomes.append, item_id=1, key_id="k", scheme=SCHEME, purpose=PURPOSE, message=b"", trace=b"", ends_at=0.0
+    )
+    stream.outstanding[1] = pending
+    pending.batch = _Batch(stream, 1, 0.0)
     _deliver(stream, result)
-    return answer.exception()
+    (outcome,) = outcomes
+    return outcome
 
 
 async def test_first_leaves_at_once_and_those_that_arrive_meanwhile_leave_together(signing: Any) -> None:
@@ -146,7 +152,7 @@ async def test_batches_that_are_slow_do_not_hold_the_pipe(signing: Any) -> None:
         # The service answers nothing: yet what comes later is sent, once those batches are stale.
         later = start(client, 1, 7)
         async with asyncio.timeout(20):
-            while sum(len(batch.open_ids) for batch in stream.batches) < MAX_BATCHES_IN_FLIGHT + 1:
+            while sum(batch.open_items for batch in stream.batches) < MAX_BATCHES_IN_FLIGHT + 1:
                 await asyncio.sleep(0.005)
         assert not client._waiting
         signing.service.gate.set()

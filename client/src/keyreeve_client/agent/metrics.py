@@ -15,7 +15,7 @@ def watch_agent(identity: NodeIdentity, sync: Sync, server: SignServer, cluster:
     counts = server.counts
     metrics = counts.metrics
     metrics.gauge("keyreeve_agent_connections", lambda: counts.connections)
-    metrics.gauge("keyreeve_agent_requests_in_flight", counts.outstanding.total)
+    metrics.gauge("keyreeve_agent_requests_in_flight", lambda: counts.outstanding_total)
     metrics.gauge("keyreeve_agent_svids", lambda: len(sync.keys.state.assignments))
     metrics.gauge("keyreeve_agent_svid_expiry_timestamp_seconds", lambda: _expiry(identity))
     metrics.gauge("keyreeve_agent_key_servers_available", lambda: _available(cluster))

@@ -98,7 +98,7 @@ class Agent:
                 if not await _unless(stop, self._become_ready()):
                     background.append(group.create_task(self._status.run_forever(), name="status"))
                     await stop.wait()
-                    log("agent_draining", outstanding=self._server.counts.outstanding.total())
+                    log("agent_draining", outstanding=self._server.counts.outstanding_total)
                     await self._server.drain(self.config.drain_timeout)
                     remove_sign_socket(self.config.sign_socket.path)
                 for task in background:
@@ -121,8 +121,9 @@ class Agent:
             identity.files(),
             server_id=config.key_server_id,
             settings=balancer_settings(config.key_server),
+            connections=config.key_server.connections,
         )
-        self._server = SignServer(config.sign_socket, keys, self._cluster.sign, tracing=self._tracing)
+        self._server = SignServer(config.sign_socket, keys, self._cluster.begin, tracing=self._tracing)
         self._publishers = [Publisher(proxy, on_change=self._touch) for proxy in config.proxy]
         self._sync = Sync(identity, self._ca, keys, on_state=self._publish)
         self._identity = identity
