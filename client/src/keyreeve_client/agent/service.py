@@ -23,6 +23,7 @@ from keyreeve_common.x509_svid import to_pem
 from keyreeve_client.agent.assignments import AgentState, Assignment, CurrentKeys, utc_now
 from keyreeve_client.agent.attestation import NodeIdentity
 from keyreeve_client.agent.config import AgentConfig
+from keyreeve_client.agent.event_loop import loop_name
 from keyreeve_client.agent.file_sink import SvidFiles
 from keyreeve_client.agent.key_cluster import KeyCluster, balancer_settings
 from keyreeve_client.agent.metrics import watch_agent
@@ -146,6 +147,7 @@ class Agent:
         log(
             "agent_ready",
             agent_id=str(self._identity.svid.spiffe_id),
+            event_loop=loop_name(),
             socket=str(self.config.sign_socket.path),
             svids=len(self._sync.keys.state.assignments),
         )
