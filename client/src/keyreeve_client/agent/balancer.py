@@ -312,6 +312,8 @@ class Balancer:
         return replica.asked_since is not None and now - replica.asked_since >= self._settings.silence_s
 
     def _is_outlier(self, index: int, scheme: int) -> bool:
+        if len(self.replicas) < 2:
+            return False
         own = self.replicas[index].lane(scheme).latencies
         others = [
             replica.lanes[scheme].latencies.mean_s

@@ -214,9 +214,10 @@ class SignConnection(asyncio.Protocol):
         if self._peer is None or self._transport.is_closing():
             return
         now = asyncio.get_running_loop().time()
+        allowed: set[KeyId] = set()  # authorised in this read: its frames are of one moment
         for frame in self._frames.feed(data):
             if isinstance(frame, SignFrame):
-                self._accept(self._peer, frame, now)
+                self._accept(self._peer, frame, now, allowed)
             elif isinstance(frame, PingFrame):
                 self._send(PongFrame(frame.payload).to_bytes())
             else:
@@ -263,7 +264,7 @@ class SignConnection(asyncio.Protocol):
         else:
             self._refuse(frame.request_id, frame.error)
 
-    def _accept(self, peer: Peer, request: SignFrame, now: float) -> None:
+    def _accept(self, peer: Peer, request: SignFrame, now: float, allowed: set[KeyId]) -> None:
         if request.request_id in self._outstanding:
             self._fail(request.request_id, MalformedFrame(f"request_id {request.request_id} is outstanding already"))
             return
@@ -277,21 +278,22 @@ class SignConnection(asyncio.Protocol):
         if server.tracing.records:
             served.span = server.tracing.root(REQUEST_SPAN, {"keyreeve.scheme": request.scheme})
         try:
-            selectors = peer.selectors()
-            if self._unlearnt(peer, request.key_id, selectors):
-                loop = asyncio.get_running_loop()
-                served.learning = loop.create_task(self._learn_and_forward(served, peer))
-                return
-            self._forward(served, selectors)
+            if request.key_id not in allowed:
+                selectors = peer.selectors()
+                if self._unlearnt(peer, request.key_id, selectors):
+                    loop = asyncio.get_running_loop()
+                    served.learning = loop.create_task(self._learn_and_forward(served, peer))
+                    return
+                server.keys.check(request.key_id, selectors)
+                allowed.add(request.key_id)
+            self._forward(served)
         except KeyreeveError as error:
             self.answered(served, error)
         except Exception:
             self._bug(served)
 
-    def _forward(self, served: _Served, selectors: Set[Selector]) -> None:
-        """Raises: KeyNotFound, SvidExpired."""
+    def _forward(self, served: _Served) -> None:
         server, request = self._server, served.request
-        server.keys.check(request.key_id, selectors)
         trace = served.span.trace if served.span is not None else server.traces.make()
         ends_at = served.began + request.deadline_ms / 1000
         served.flight = server.forward(request, trace, ends_at, served.answered)
@@ -339,7 +341,8 @@ class SignConnection(asyncio.Protocol):
         try:
             async with asyncio.timeout_at(served.began + request.deadline_ms / 1000):
                 selectors = await self._learn(peer, request.key_id)
-            self._forward(served, selectors)
+            self._server.keys.check(request.key_id, selectors)
+            self._forward(served)
         except TimeoutError:
             text = f"no signature within the {request.deadline_ms} ms that the request allowed"
             self.answered(served, DeadlineExceeded(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import socket
 import stat
@@ -356,6 +357,79 @@ async def test_a_client_that_does_not_read_is_not_read_from_and_then_cut_off(tmp
             assert max(buffered) < WRITE_HIGH_WATER + 512 * 1024
             assert sent < 8 * 1024 * 1024
         await harness.until(lambda: harness.server.counts.connections == 0)
+
+
+async def test_a_client_that_asks_and_does_not_read_holds_a_bounded_memory(tmp_path: Path) -> None:
+    """Signatures of the longest kind, far more than the socket takes: what waits for the client is bounded, whatever it asked for."""
+    outstanding = 16
+    bounds = {"max_outstanding_per_connection": outstanding, "stall_timeout": timedelta(milliseconds=300)}
+    async with serving(tmp_path, **bounds) as harness:
+        harness.cluster.answer = bytes(1024)
+        with socket.socket(socket.AF_UNIX) as deaf:
+            deaf.setblocking(False)
+            deaf.connect(str(harness.path))
+            loop, numbers = asyncio.get_running_loop(), itertools.count()
+            buffered: list[int] = []
+            with pytest.raises((ConnectionError, TimeoutError)):  # noqa: PT012 - one story
+                while True:
+                    flood = b"".join(sign(number).to_bytes() for number in itertools.islice(numbers, 256))
+                    async with asyncio.timeout(5):
+                        await loop.sock_sendall(deaf, flood)
+                    for connection in harness.server.open:
+                        held = sum(map(len, connection._answers))
+                        buffered.append(connection._transport.get_write_buffer_size() + held)
+                        assert len(connection._outstanding) <= outstanding
+        await harness.until(lambda: harness.server.counts.connections == 0)
+        assert harness.server.counts.outstanding_total == 0
+        assert max(buffered) > WRITE_HIGH_WATER
+        assert max(buffered) < WRITE_HIGH_WATER + 512 * 1024
+
+
+async def test_answers_that_come_together_leave_in_one_write(tmp_path: Path) -> None:
+    async with serving(tmp_path) as harness:
+        harness.cluster.gate.clear()
+        client = await harness.connect()
+        client.send(*(sign(number) for number in range(20)))
+        await harness.until(lambda: len(harness.cluster.seen) == 20)
+        (connection,) = harness.server.open
+        writes: list[int] = []
+        transport_write = connection._transport.write
+        connection._transport.write = lambda data: (writes.append(len(data)), transport_write(data))  # type: ignore[method-assign, assignment]
+        harness.cluster.gate.set()
+        assert len([await client.receive() for _ in range(20)]) == 20
+        assert writes == [20 * len(SignedFrame(1, b"signature").to_bytes())]
+
+
+async def test_what_came_before_a_malformed_frame_is_taken_and_what_comes_after_is_not(tmp_path: Path) -> None:
+    async with serving(tmp_path) as harness:
+        client = await harness.connect()
+        client.send(PingFrame(b"ping"), sign(1), b"\x00\x00\x00\x02\x02\x01", sign(2))
+        assert await client.receive() == PongFrame(b"ping")
+        assert (await client.refusal()).error.code is ErrorCode.MALFORMED_FRAME
+        assert await client.receive() is None
+        assert [request.request_id for request in harness.cluster.seen] == [1]
+        await harness.until(lambda: harness.server.counts.outstanding_total == 0)
+
+
+async def test_a_key_that_is_withdrawn_is_refused_from_the_next_read_on(tmp_path: Path) -> None:
+    async with serving(tmp_path) as harness:
+        client = await harness.connect()
+        client.send(sign(1), sign(2))
+        assert {(await client.receive()).request_id for _ in range(2)} == {1, 2}  # type: ignore[union-attr]
+        harness.server.keys = KeyRules({})
+        client.send(sign(3), sign(4))
+        assert {(await client.refusal()).error.code for _ in range(2)} == {ErrorCode.KEY_NOT_FOUND}
+        assert len(harness.cluster.seen) == 2
+
+
+async def test_one_read_may_ask_for_keys_of_which_some_are_forbidden(tmp_path: Path) -> None:
+    async with serving(tmp_path) as harness:
+        client = await harness.connect()
+        client.send(sign(1), sign(2, key_id="key-theirs"), sign(3), sign(4, key_id="key-theirs"))
+        answers = [await client.receive() for _ in range(4)]
+        refused = {answer.request_id for answer in answers if isinstance(answer, RefusedFrame)}
+        assert refused == {2, 4}
+        assert [request.request_id for request in harness.cluster.seen] == [1, 3]
 
 
 async def test_a_peer_whose_process_is_gone_is_refused_and_disconnected(tmp_path: Path) -> None:
