@@ -12,9 +12,11 @@ import json
 import multiprocessing
 import os
 import pwd
+import select
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -44,6 +46,7 @@ CLIENTS = 2
 AT_ONCE = 16
 KEY_TYPES = ("ec-p256", "rsa-2048")
 _PATIENCE_S = 20.0
+_NO_LINGER = struct.pack("ii", 1, 0)  # closing resets: no TIME_WAIT, of which there would be thousands
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,41 +168,39 @@ def shake_hands(port: int, count: int, at_once: int) -> int:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    done = started = failed = 0
-    open_now: list[ssl.SSLSocket] = []
-    while done + failed < count:
-        while started < count and len(open_now) < at_once:
+    poll, waiting = select.epoll(), dict[int, ssl.SSLSocket]()
+    done = started = 0
+    while started < count or waiting:
+        while started < count and len(waiting) < at_once:
             raw = socket.create_connection(("127.0.0.1", port), timeout=_PATIENCE_S)
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # no TIME_WAIT
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
             wrapped = context.wrap_socket(raw, do_handshake_on_connect=False)
             wrapped.setblocking(False)
-            open_now.append(wrapped)
             started += 1
-        left = []
-        for each in open_now:
-            try:
-                each.do_handshake()
-            except ssl.SSLWantReadError:
-                left.append(each)
-                continue
-            except OSError:
-                failed += 1
+            if _goes_on(wrapped) is None:  # which also sends the ClientHello
+                waiting[wrapped.fileno()] = wrapped
+                poll.register(wrapped.fileno(), select.EPOLLIN)
             else:
-                done += 1
-            each.close()
-        if len(left) == len(open_now):
-            _wait_readable(left)
-        open_now = left
+                wrapped.close()
+        for descriptor, _ in poll.poll(_PATIENCE_S):
+            succeeded = _goes_on(waiting[descriptor])
+            if succeeded is not None:
+                poll.unregister(descriptor)
+                waiting.pop(descriptor).close()
+                done += succeeded
+    poll.close()
     return done
 
 
-def _wait_readable(sockets: list[ssl.SSLSocket]) -> None:
-    import select  # noqa: PLC0415 - the name is used in no other place
-
-    poll = select.poll()
-    for each in sockets:
-        poll.register(each, select.POLLIN)
-    poll.poll(1000)
+def _goes_on(connection: ssl.SSLSocket) -> bool | None:
+    """None while the handshake waits for the server, else whether it succeeded."""
+    try:
+        connection.do_handshake()
+    except ssl.SSLWantReadError:
+        return None
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
