@@ -13,6 +13,7 @@ import select
 import socket
 import struct
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -20,7 +21,7 @@ from typing import Any
 
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import Purpose, build_tls13_content
-from keyreeve_common.sign_socket import SIGNED, SignFrame
+from keyreeve_common.sign_socket import SIGNED, RefusedFrame, SignFrame, parse_agent_frame
 
 _HEAD = struct.Struct(">IBBI")
 _REQUEST_ID = slice(6, 10)
@@ -45,6 +46,7 @@ class Client:
     sent_at: dict[int, float] = field(default_factory=dict)
     next_id: int = 0
     refused: int = 0
+    codes: Counter[str] = field(default_factory=Counter)  # of refusals
 
     def __post_init__(self) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -72,7 +74,10 @@ class Client:
             if len(data) - at < 4 + length:
                 break
             took.append(now - self.sent_at.pop(request_id))
-            self.refused += kind != SIGNED
+            if kind != SIGNED:
+                self.refused += 1
+                frame = parse_agent_frame(data[at + 4 : at + 4 + length])
+                self.codes[frame.error.code.value if isinstance(frame, RefusedFrame) else "other"] += 1
             at += 4 + length
         self._buffer = data[at:]
         return took
@@ -109,9 +114,16 @@ def load(path: str, key_id: str, *, scheme: int, connections: int, depth: int, s
                 clients[descriptor].send(len(answered))
     lasted = monotonic() - began
     refused = sum(client.refused for client in clients.values())
+    codes = dict(sum((client.codes for client in clients.values()), Counter[str]()))
     for client in clients.values():
         client.socket.close()
-    return {"requests": len(took), "refused": refused, "per_second": round(len(took) / lasted), **percentiles(took)}
+    return {
+        "requests": len(took),
+        "refused": refused,
+        "codes": codes,
+        "per_second": round(len(took) / lasted),
+        **percentiles(took),
+    }
 
 
 def percentiles(took: list[float]) -> dict[str, float]:
