@@ -391,6 +391,8 @@ class SignStreamClient:
 
     async def _send_batch(self, stream: _Stream) -> None:
         taken, now = self._take_batch(), asyncio.get_running_loop().time()
+        if not taken:
+            return  # their callers gave up while the channel was made
         batch = _Batch(stream, len(taken), now)
         stream.batches.add(batch)
         for pending in taken:

@@ -282,6 +282,50 @@ async def test_a_request_that_was_given_up_while_it_waited_is_forgotten(signing:
         assert len(await asyncio.gather(*held)) == len(held)
 
 
+async def test_no_batch_leaves_when_all_gave_up_while_the_channel_was_made(signing: Any) -> None:
+    signing.service.gate.set()
+    channel, made = open_local_channel(signing.socket), asyncio.Event()
+
+    async def current() -> grpc.aio.Channel:
+        await made.wait()
+        return channel
+
+    client = SignStreamClient(current)
+    ends_at = asyncio.get_running_loop().time() + 30
+    outcomes: list[Outcome] = []
+    pending = [
+        client.begin("key-1", SCHEME, PURPOSE, message=b"m", ends_at=ends_at, answered=outcomes.append)
+        for _ in range(3)
+    ]
+    await asyncio.sleep(0)
+    for each in pending:
+        each.cancel()
+    made.set()
+    for _ in range(10):  # the sender has its turn, with nothing to send
+        await asyncio.sleep(0)
+    assert await call(client, b"the one that stays")
+    assert outcomes == []
+    assert [len(batch) for batch in signing.service.batches] == [1]
+    assert (client.batches_sent, client.items_sent) == (1, 1)
+    await client.close()
+    await channel.close()
+
+
+async def test_a_callback_that_fails_harms_no_other_request(signing: Any, caplog: pytest.LogCaptureFixture) -> None:
+    signing.service.gate.set()
+
+    def fail(_outcome: Outcome) -> None:
+        raise RuntimeError("a fault of this caller")
+
+    async with stream_client(signing) as client:
+        ends_at = asyncio.get_running_loop().time() + 30
+        client.begin("key-1", SCHEME, PURPOSE, message=b"m", ends_at=ends_at, answered=fail)
+        assert await call(client, b"another")
+        assert await call(client, b"a third")
+    assert signing.service.streams == 1
+    assert "sign_callback_failed" in caplog.text
+
+
 async def test_cancelled_caller_leaves_nothing_behind(signing: Any) -> None:
     async with stream_client(signing) as client:
         task = start(client, 1)[0]

@@ -70,7 +70,7 @@ class Alarms:
         self._timer = None
         now = asyncio.get_running_loop().time()
         for slot in sorted(slot for slot in self._slots if slot * GRAIN_S <= now):
-            for sleeper in list(self._slots.pop(slot).values()):
+            for sleeper in list(self._slots.pop(slot, {}).values()):
                 if sleeper.slot == slot:  # not cleared by one that was woken before it
                     sleeper.slot = 0
                     _wake(sleeper, now)

@@ -1,12 +1,13 @@
 """One request under way, at one replica or at two: begun, hedged, asked again, ended. `agent/key_cluster.py` says what may be asked again.
 
-It runs in callbacks, not in a task: a task, its timers and its waiting cost more than all the rest of a request.
+It runs in callbacks, not in a task: a task, its timers and its waiting cost more than all the rest of a request. Times are of the monotonic clock,
+which is the loop's own; uvloop's `time` would give the same in whole milliseconds, as of the beginning of the loop's turn.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from keyreeve_common.errors import DeadlineExceeded, ErrorCode, KeyreeveError, Unavailable
@@ -86,14 +87,14 @@ class Flight:
         self.slot = 0
 
     def start(self) -> None:
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         self._hopeful = self._cluster.balancer.hopeful(now, _PATIENCE_S)
         self._try_next(now)
 
     def cancel(self) -> None:
         if self._answered is not None:
             self._answered = None
-            self._leave(asyncio.get_running_loop().time())
+            self._leave(monotonic())
 
     def wake(self, now: float) -> None:
         """By its alarm: the deadline, a hedge, or the next round of all replicas is due."""
@@ -109,7 +110,7 @@ class Flight:
 
     def settled(self, attempt: _Attempt, outcome: Outcome) -> None:
         """A replica answered."""
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         self._attempts.remove(attempt)
         cluster, index, scheme = self._cluster, attempt.index, self._scheme
         if not isinstance(outcome, KeyreeveError):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
+from time import monotonic
 from typing import Any, cast
 
 import grpc
@@ -132,7 +133,7 @@ class KeyCluster:
         """`begin` for a caller that awaits. Raises: what `begin` hands over."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[bytes] = loop.create_future()
-        ends_at = loop.time() + request.deadline_ms / 1000
+        ends_at = monotonic() + request.deadline_ms / 1000
         flight = self.begin(request, trace or make_trace(), ends_at, partial(settle_future, future))
         try:
             return await future

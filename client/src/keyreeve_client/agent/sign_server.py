@@ -15,6 +15,7 @@ from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from time import monotonic
 from typing import Protocol, cast
 
 from keyreeve_common.client_frames import BadFrame, ClientFrames
@@ -213,7 +214,7 @@ class SignConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._peer is None or self._transport.is_closing():
             return
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         allowed: set[KeyId] = set()  # authorised in this read: its frames are of one moment
         for frame in self._frames.feed(data):
             if isinstance(frame, SignFrame):
@@ -324,7 +325,7 @@ class SignConnection(asyncio.Protocol):
             if self._peer is not None and not self._peer.alive:
                 self.close()
         else:
-            took_s = asyncio.get_running_loop().time() - served.began
+            took_s = monotonic() - served.began
             server.counts.count_signed(request.key_id, took_s)
             length, size = _SIGNED_BODY_BYTES + len(outcome), len(outcome)
             self._send(_SIGNED_HEAD.pack(length, VERSION, SIGNED, request.request_id, size) + outcome)

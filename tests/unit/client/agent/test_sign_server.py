@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -385,6 +386,21 @@ async def test_a_client_that_asks_and_does_not_read_holds_a_bounded_memory(tmp_p
         assert max(buffered) < WRITE_HIGH_WATER + 512 * 1024
 
 
+@dataclass
+class CountingTransport:
+    """The size of each write; uvloop's transports cannot be changed."""
+
+    transport: asyncio.Transport
+    writes: list[int] = field(default_factory=list)
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(len(data))
+        self.transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+
 async def test_answers_that_come_together_leave_in_one_write(tmp_path: Path) -> None:
     async with serving(tmp_path) as harness:
         harness.cluster.gate.clear()
@@ -392,12 +408,11 @@ async def test_answers_that_come_together_leave_in_one_write(tmp_path: Path) -> 
         client.send(*(sign(number) for number in range(20)))
         await harness.until(lambda: len(harness.cluster.seen) == 20)
         (connection,) = harness.server.open
-        writes: list[int] = []
-        transport_write = connection._transport.write
-        connection._transport.write = lambda data: (writes.append(len(data)), transport_write(data))  # type: ignore[method-assign, assignment]
+        counting = CountingTransport(connection._transport)
+        connection._transport = cast("asyncio.Transport", counting)
         harness.cluster.gate.set()
         assert len([await client.receive() for _ in range(20)]) == 20
-        assert writes == [20 * len(SignedFrame(1, b"signature").to_bytes())]
+        assert counting.writes == [20 * len(SignedFrame(1, b"signature").to_bytes())]
 
 
 async def test_what_came_before_a_malformed_frame_is_taken_and_what_comes_after_is_not(tmp_path: Path) -> None:
