@@ -1,7 +1,7 @@
 """One request under way, at one replica or at two: begun, hedged, asked again, ended. `agent/key_cluster.py` says what may be asked again.
 
-It runs in callbacks, not in a task: a task, its timers and its waiting cost more than all the rest of a request. Times are of the monotonic clock,
-which is the loop's own; uvloop's `time` would give the same in whole milliseconds, as of the beginning of the loop's turn.
+It runs in callbacks, not in a task: a task, its timers and its waiting cost more than all the rest of a request. Times are of the monotonic
+clock, which is the loop's own; uvloop's `time` would give the same in whole milliseconds, as of the beginning of the loop's turn.
 """
 
 from __future__ import annotations
