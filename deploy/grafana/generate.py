@@ -128,6 +128,17 @@ ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 "s",
                 [("min(keyreeve_agent_svid_expiry_timestamp_seconds) - time()", "first")],
             ),
+            (
+                "Requests in a batch",
+                "short",
+                [
+                    (
+                        "sum(rate(keyreeve_agent_batched_requests_total[$__rate_interval]))"
+                        " / sum(rate(keyreeve_agent_batches_total[$__rate_interval]))",
+                        "mean",
+                    )
+                ],
+            ),
         ],
     ),
     (

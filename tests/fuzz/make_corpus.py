@@ -16,6 +16,7 @@ from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import Purpose, build_tls13_content
 from keyreeve_common.schemes import KeyType, SignatureScheme
 from keyreeve_common.sign_batch import pack_items, pack_results, with_count
+from keyreeve_common.sign_socket import PingFrame, SignFrame
 from keyreeve_common.transparency.checkpoint import Checkpoint, cosign
 from keyreeve_common.transparency.journal import build_group
 from keyreeve_common.transparency.note import COSIGNATURE_V1, VerifierKey, parse_note
@@ -27,6 +28,7 @@ from keyreeve_keyserver.backends import worker_frames as worker
 from keyreeve_testing import statements, tbs, tls12
 from keyreeve_testing.audit import audit_record
 
+_SIGN_FRAME = SignFrame(1, 3000, 0x0403, 1, KeyId("key-1"), build_tls13_content(Purpose.TLS13_SERVER_VERIFY, bytes(32)))
 _ITEM = frames.SignItem(1, KeyId("key-1"), 0x0403, 1, 2000, build_tls13_content(Purpose.TLS13_SERVER_VERIFY, bytes(32)))
 _TRACED = _ITEM._replace(trace=b"\x01" * 24 + b"\x00")
 _URI = x509.UniformResourceIdentifier(tbs.URI)
@@ -51,6 +53,12 @@ def _seal(covered: bytes) -> bytes:
 
 
 SEEDS: dict[str, dict[str, bytes]] = {
+    "client_frames": {
+        "two_signs_and_a_ping": _SIGN_FRAME.to_bytes() * 2 + PingFrame(b"ping").to_bytes(),
+        "cut": _SIGN_FRAME.to_bytes()[:-1],
+        "short_message": SignFrame(3, 1000, 0x0403, 1, KeyId("key-1"), bytes(4)).to_bytes(),
+        "malformed_in_the_middle": _SIGN_FRAME.to_bytes() + b"\0\0\0\2\2\1" + _SIGN_FRAME.to_bytes(),
+    },
     "frames": {
         "batch": frames.SignBatch(7, "spiffe://td.test/agent/a", (_ITEM,)).to_bytes()[4:],
         "batch_local": frames.SignBatch(8, "local", (_ITEM, _ITEM._replace(id=2, message=b""))).to_bytes()[4:],

@@ -22,6 +22,7 @@ typedef struct {
     pid_t pid;
     int epoll_fd;
     int timer_fd;
+    int seen; /* the application was handed the descriptor: a job of this context was paused */
     keyreeve_abandon *abandon;
     void *abandon_arg;
 } wait_state;
@@ -136,22 +137,23 @@ static int timer_set(const wait_state *state, int64_t at_ms)
     return timerfd_settime(state->timer_fd, TFD_TIMER_ABSTIME, &when, NULL) == 0;
 }
 
-/* Asks the kernel, not the resumption: a job may be resumed for reasons that are not ours. */
+/* Asks the kernel, not the resumption: a job may be resumed for reasons that are not ours. The first wait of
+ * a context pauses even where the descriptor is ready by now: HAProxy learns of our descriptor by the pause,
+ * and 2.6 aborts itself when it closes a connection that has one which it never saw. */
 static keyreeve_wait_result wait_paused(wait_state *state, int fd, short events, int64_t until_ms)
 {
     struct pollfd wanted = {fd, events, 0};
 
     for (;;) {
-        if (fd >= 0) {
-            int ready = poll(&wanted, 1, 0);
+        int ready = state->seen && fd >= 0 ? poll(&wanted, 1, 0) : 0;
 
-            if (ready > 0)
-                return KEYREEVE_WAIT_READY;
-            if (ready < 0 && errno != EINTR)
-                return KEYREEVE_WAIT_FAILED;
-        }
-        if (keyreeve_now_ms() >= until_ms)
+        if (ready > 0)
+            return KEYREEVE_WAIT_READY;
+        if (ready < 0 && errno != EINTR)
+            return KEYREEVE_WAIT_FAILED;
+        if (state->seen && keyreeve_now_ms() >= until_ms)
             return KEYREEVE_WAIT_TIMEOUT;
+        state->seen = 1;
         if (!ASYNC_pause_job() || state->pid != getpid())
             return KEYREEVE_WAIT_FAILED;
     }

@@ -14,27 +14,33 @@
 #include "async.h"
 #include "reference.h"
 
-#define POOL_SLOTS 64      /* connections kept; more than these are closed after their one request */
+#define POOL_SLOTS 1024    /* connections kept; more than these are closed after their one request */
 #define CONNECT_RETRY_MS 5 /* pause while the agent's backlog is full */
 #define ATTEMPTS 2         /* a broken connection is opened again once per signature */
-#define NO_SLOT ((size_t)-1)
+#define NO_SLOT UINT16_MAX
+#define RECEIVE_BYTES                                                                                        \
+    (KEYREEVE_FRAME_LENGTH_BYTES + KEYREEVE_ANSWER_MAX + 1) /* one more: what follows is seen */
 
 /* An open connection that the pool knows. `fd` is -1 in a free slot. The program may have closed the number
  * behind our back (a daemon closes all that it inherited) and given it to something else: `device` and
- * `inode` say whether it is still ours. */
+ * `inode` say whether it is still ours. A slot is in the free list, in the idle list, or taken by a request.
+ */
 typedef struct {
     int fd;
-    int busy;
+    uint16_t next;
     dev_t device;
     ino_t inode;
     char socket[KEYREEVE_SOCKET_MAX + 1];
 } pool_slot;
 
 /* What one process has open. A forked child makes a new one and never touches the lock of the old one, which
- * a thread of the parent may have held at the fork. */
+ * a thread of the parent may have held at the fork. The lock guards the lists alone and is held for no system
+ * call but the closing of a connection to another agent. */
 typedef struct pool_generation_st {
     pid_t pid;
     pthread_mutex_t lock;
+    uint16_t free;
+    uint16_t idle; /* the one that was used last comes first */
     pool_slot slots[POOL_SLOTS];
     struct pool_generation_st
         *inherited; /* kept until the pool is freed: another thread may still look at it */
@@ -48,14 +54,14 @@ struct keyreeve_pool_st {
 /* A connection in use by one request. */
 typedef struct {
     int fd;
-    size_t slot;
+    uint16_t slot;
     pool_generation *generation;
 } connection;
 
 static pool_generation *generation_new(pool_generation *inherited)
 {
     pool_generation *made = calloc(1, sizeof(*made));
-    size_t i;
+    uint16_t i;
 
     if (made == NULL || pthread_mutex_init(&made->lock, NULL) != 0) {
         free(made);
@@ -63,8 +69,11 @@ static pool_generation *generation_new(pool_generation *inherited)
     }
     made->pid = getpid();
     made->inherited = inherited;
-    for (i = 0; i < POOL_SLOTS; i++)
+    for (i = 0; i < POOL_SLOTS; i++) {
         made->slots[i].fd = -1;
+        made->slots[i].next = i + 1 < POOL_SLOTS ? (uint16_t)(i + 1) : NO_SLOT;
+    }
+    made->idle = NO_SLOT;
     return made;
 }
 
@@ -82,7 +91,6 @@ static void slot_close(pool_slot *slot)
 
     slot->fd =
         -1; /* first, so that a child forked now cannot close a number that was given to something else */
-    slot->busy = 0;
     if (ours)
         (void)close(fd);
 }
@@ -155,64 +163,84 @@ static int is_quiet(int fd)
     return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
 }
 
+/* Unlinks the first idle slot for `socket`, or for any other than it where `other` is set. Under the lock. */
+static uint16_t idle_unlink(pool_generation *generation, const char *socket, int other)
+{
+    uint16_t *link = &generation->idle;
+
+    while (*link != NO_SLOT) {
+        uint16_t found = *link;
+        pool_slot *slot = &generation->slots[found];
+
+        if ((strcmp(slot->socket, socket) == 0) != (other != 0)) {
+            *link = slot->next;
+            return found;
+        }
+        link = &slot->next;
+    }
+    return NO_SLOT;
+}
+
+/* A slot that was taken becomes free; its connection is closed. */
+static void slot_give_back(pool_generation *generation, uint16_t index)
+{
+    slot_close(&generation->slots[index]);
+    (void)pthread_mutex_lock(&generation->lock);
+    generation->slots[index].next = generation->free;
+    generation->free = index;
+    (void)pthread_mutex_unlock(&generation->lock);
+}
+
 /* Takes an idle connection to this socket. With `discard` every idle one is closed instead: when one turned
  * out to be broken, the agent was most likely restarted. */
 static int connection_take_idle(pool_generation *generation, const char *socket, int discard, connection *out)
 {
-    size_t i;
-    int found = 0;
+    for (;;) {
+        uint16_t index;
+        pool_slot *slot;
 
-    (void)pthread_mutex_lock(&generation->lock);
-    for (i = 0; i < POOL_SLOTS && !found; i++) {
-        pool_slot *slot = &generation->slots[i];
-
-        if (slot->fd < 0 || slot->busy || strcmp(slot->socket, socket) != 0)
-            continue;
+        (void)pthread_mutex_lock(&generation->lock);
+        index = idle_unlink(generation, socket, 0);
+        (void)pthread_mutex_unlock(&generation->lock);
+        if (index == NO_SLOT)
+            return 0;
+        slot = &generation->slots[index];
         if (discard || !slot_is_ours(slot) || !is_quiet(slot->fd)) {
-            slot_close(slot);
+            slot_give_back(generation, index);
             continue;
         }
-        slot->busy = 1;
         out->fd = slot->fd;
-        out->slot = i;
+        out->slot = index;
         out->generation = generation;
-        found = 1;
+        return 1;
     }
-    (void)pthread_mutex_unlock(&generation->lock);
-    return found;
 }
 
 /* Makes room for a new connection: a free slot, else that of an idle connection to another agent. */
 static void connection_register(pool_generation *generation, const char *socket, int fd, connection *out)
 {
-    size_t i, chosen = NO_SLOT;
+    uint16_t index;
     struct stat status;
 
     memset(&status, 0, sizeof(status));
     (void)fstat(fd, &status);
     (void)pthread_mutex_lock(&generation->lock);
-    for (i = 0; i < POOL_SLOTS; i++) {
-        if (generation->slots[i].fd < 0) {
-            chosen = i;
-            break;
-        }
-        if (!generation->slots[i].busy)
-            chosen = i;
-    }
-    if (chosen != NO_SLOT) {
-        pool_slot *slot = &generation->slots[chosen];
+    index = generation->free;
+    if (index != NO_SLOT)
+        generation->free = generation->slots[index].next;
+    else if ((index = idle_unlink(generation, socket, 1)) != NO_SLOT)
+        slot_close(&generation->slots[index]);
+    (void)pthread_mutex_unlock(&generation->lock);
+    if (index != NO_SLOT) {
+        pool_slot *slot = &generation->slots[index];
 
-        if (slot->fd >= 0)
-            slot_close(slot);
         memcpy(slot->socket, socket, strlen(socket) + 1);
-        slot->busy = 1;
         slot->device = status.st_dev;
         slot->inode = status.st_ino;
-        slot->fd = fd;
+        slot->fd = fd; /* last: a child forked from here on closes it */
     }
-    (void)pthread_mutex_unlock(&generation->lock);
     out->fd = fd;
-    out->slot = chosen;
+    out->slot = index;
     out->generation = generation;
 }
 
@@ -221,13 +249,10 @@ static void connection_close(connection *used)
     if (used->fd < 0)
         return;
     if (used->generation->pid == getpid()) {
-        if (used->slot == NO_SLOT) {
+        if (used->slot == NO_SLOT)
             (void)close(used->fd);
-        } else {
-            (void)pthread_mutex_lock(&used->generation->lock);
-            slot_close(&used->generation->slots[used->slot]);
-            (void)pthread_mutex_unlock(&used->generation->lock);
-        }
+        else
+            slot_give_back(used->generation, used->slot);
     }
     used->fd = -1;
 }
@@ -244,7 +269,8 @@ static void connection_release(connection *used)
         return;
     }
     (void)pthread_mutex_lock(&used->generation->lock);
-    used->generation->slots[used->slot].busy = 0;
+    used->generation->slots[used->slot].next = used->generation->idle;
+    used->generation->idle = used->slot;
     (void)pthread_mutex_unlock(&used->generation->lock);
     used->fd = -1;
 }
@@ -316,15 +342,24 @@ static keyreeve_exchange_status connection_send(connection *used, const uint8_t 
     return KEYREEVE_EXCHANGE_OK;
 }
 
-static keyreeve_exchange_status connection_receive(connection *used, uint8_t *bytes, size_t len,
-                                                   int64_t until_ms)
+/* Reads one frame, `field` and all, into `bytes`; its length without the field. Read in as few calls as it
+ * comes in: nothing follows an answer, since one connection carries one request at a time. */
+static keyreeve_exchange_status connection_receive(connection *used, uint8_t bytes[RECEIVE_BYTES],
+                                                   size_t *len, int64_t until_ms)
 {
     size_t got = 0;
 
-    while (got < len) {
-        ssize_t count = recv(used->fd, bytes + got, len - got, 0);
+    for (;;) {
+        ssize_t count;
         keyreeve_exchange_status status;
 
+        if (got >= KEYREEVE_FRAME_LENGTH_BYTES) {
+            if (!keyreeve_frame_answer_length(bytes, len) || got > KEYREEVE_FRAME_LENGTH_BYTES + *len)
+                return KEYREEVE_EXCHANGE_PROTOCOL;
+            if (got == KEYREEVE_FRAME_LENGTH_BYTES + *len)
+                return KEYREEVE_EXCHANGE_OK;
+        }
+        count = recv(used->fd, bytes + got, RECEIVE_BYTES - got, MSG_DONTWAIT);
         if (count > 0) {
             got += (size_t)count;
             continue;
@@ -337,7 +372,6 @@ static keyreeve_exchange_status connection_receive(connection *used, uint8_t *by
         if (status != KEYREEVE_EXCHANGE_OK)
             return status;
     }
-    return KEYREEVE_EXCHANGE_OK;
 }
 
 /* One connection carries one request at a time, thus any answer with another id is a fault; a refusal with id
@@ -354,19 +388,15 @@ static keyreeve_exchange_status connection_converse(connection *used, const uint
                                                     uint32_t request_id, int64_t until_ms,
                                                     keyreeve_answer *answer)
 {
-    uint8_t field[KEYREEVE_FRAME_LENGTH_BYTES];
-    uint8_t received[KEYREEVE_ANSWER_MAX];
+    uint8_t received[RECEIVE_BYTES];
     size_t len;
     keyreeve_exchange_status status;
 
     if ((status = connection_send(used, frame, frame_len, until_ms)) != KEYREEVE_EXCHANGE_OK ||
-        (status = connection_receive(used, field, sizeof(field), until_ms)) != KEYREEVE_EXCHANGE_OK)
+        (status = connection_receive(used, received, &len, until_ms)) != KEYREEVE_EXCHANGE_OK)
         return status;
-    if (!keyreeve_frame_answer_length(field, &len))
-        return KEYREEVE_EXCHANGE_PROTOCOL;
-    if ((status = connection_receive(used, received, len, until_ms)) != KEYREEVE_EXCHANGE_OK)
-        return status;
-    if (!keyreeve_frame_answer_decode(received, len, answer) || !is_answer_to(answer, request_id))
+    if (!keyreeve_frame_answer_decode(received + KEYREEVE_FRAME_LENGTH_BYTES, len, answer) ||
+        !is_answer_to(answer, request_id))
         return KEYREEVE_EXCHANGE_PROTOCOL;
     return KEYREEVE_EXCHANGE_OK;
 }

@@ -9,6 +9,7 @@
 
 struct keyreeve_key_st {
     atomic_uint references;
+    atomic_uint since_verified; /* signatures; 0: the next one is verified */
     keyreeve_provider *provider;
     const char *algorithm;
     EVP_PKEY *public_key;
@@ -40,6 +41,7 @@ keyreeve_key *keyreeve_key_new(keyreeve_provider *provider, const char *algorith
     if (key == NULL)
         return NULL;
     atomic_init(&key->references, 1);
+    atomic_init(&key->since_verified, 0);
     key->provider = provider;
     key->algorithm = algorithm;
     return key;
@@ -86,6 +88,16 @@ int keyreeve_key_fill(keyreeve_key *key, EVP_PKEY *public_key)
         return 0;
     key->public_key = public_key;
     return 1;
+}
+
+int keyreeve_key_skip_verification(keyreeve_key *key)
+{
+    return atomic_fetch_add(&key->since_verified, 1) % KEYREEVE_VERIFY_EVERY != 0;
+}
+
+void keyreeve_key_mistrust(keyreeve_key *key)
+{
+    atomic_store(&key->since_verified, 0);
 }
 
 EVP_PKEY *keyreeve_key_public(const keyreeve_key *key)

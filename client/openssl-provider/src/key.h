@@ -29,6 +29,13 @@ keyreeve_provider *keyreeve_key_provider(const keyreeve_key *key);
 const char *keyreeve_key_id(const keyreeve_key *key);
 const char *keyreeve_key_socket(const keyreeve_key *key);
 
+/* Counts a signature that may go out unverified: 1 for one that may, 0 for one that is to be verified, which
+ * are the first and then each KEYREEVE_VERIFY_EVERY-th. `keyreeve_key_mistrust` makes the next one the first
+ * again. */
+#define KEYREEVE_VERIFY_EVERY 64
+int keyreeve_key_skip_verification(keyreeve_key *key);
+void keyreeve_key_mistrust(keyreeve_key *key);
+
 /* The algorithm name of a key type, NULL for UNKNOWN. */
 const char *keyreeve_algorithm_of(keyreeve_key_type type);
 

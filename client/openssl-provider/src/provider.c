@@ -16,6 +16,7 @@
 #endif
 #define PARAM_SOCKET "socket"
 #define PARAM_DEADLINE_MS "deadline_ms"
+#define PARAM_VERIFY "verify"
 #define DECIMAL 10
 
 struct keyreeve_provider_st {
@@ -30,6 +31,7 @@ struct keyreeve_provider_st {
     keyreeve_pool *pool;
     const char *fault; /* what is wrong with the configuration, or NULL */
     uint32_t deadline_ms;
+    int verify_always;
     char socket[KEYREEVE_SOCKET_MAX + 1]; /* "" where none is configured */
 };
 
@@ -41,6 +43,11 @@ OSSL_LIB_CTX *keyreeve_provider_libctx(const keyreeve_provider *provider)
 keyreeve_pool *keyreeve_provider_pool(const keyreeve_provider *provider)
 {
     return provider->pool;
+}
+
+int keyreeve_provider_verifies_always(const keyreeve_provider *provider)
+{
+    return provider->verify_always;
 }
 
 uint32_t keyreeve_provider_deadline_ms(const keyreeve_provider *provider)
@@ -119,6 +126,14 @@ static void read_deadline(keyreeve_provider *provider, const char *text)
         provider->deadline_ms = (uint32_t)value;
 }
 
+static void read_verify(keyreeve_provider *provider, const char *text)
+{
+    if (strcmp(text, "always") == 0)
+        provider->verify_always = 1;
+    else if (strcmp(text, "sampled") != 0)
+        provider->fault = PARAM_VERIFY " is neither sampled nor always";
+}
+
 static void read_socket(keyreeve_provider *provider, const char *text)
 {
     size_t len = strlen(text);
@@ -136,9 +151,11 @@ static int read_configuration(keyreeve_provider *provider)
 {
     char *socket = NULL;
     char *deadline_ms = NULL;
+    char *verify = NULL;
     OSSL_PARAM wanted[] = {
         OSSL_PARAM_construct_utf8_ptr(PARAM_SOCKET, &socket, 0),
         OSSL_PARAM_construct_utf8_ptr(PARAM_DEADLINE_MS, &deadline_ms, 0),
+        OSSL_PARAM_construct_utf8_ptr(PARAM_VERIFY, &verify, 0),
         OSSL_PARAM_construct_end(),
     };
 
@@ -149,6 +166,8 @@ static int read_configuration(keyreeve_provider *provider)
         read_deadline(provider, deadline_ms);
     if (socket != NULL)
         read_socket(provider, socket);
+    if (verify != NULL)
+        read_verify(provider, verify);
     return 1;
 }
 

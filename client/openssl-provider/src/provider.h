@@ -20,6 +20,9 @@ typedef struct keyreeve_provider_st keyreeve_provider;
  */
 OSSL_LIB_CTX *keyreeve_provider_libctx(const keyreeve_provider *provider);
 keyreeve_pool *keyreeve_provider_pool(const keyreeve_provider *provider);
+
+/* Whether every signature is verified here, also one that the peer of a handshake verifies next. */
+int keyreeve_provider_verifies_always(const keyreeve_provider *provider);
 uint32_t keyreeve_provider_deadline_ms(const keyreeve_provider *provider);
 
 /* The configured socket, or the reference's own where none is configured. */

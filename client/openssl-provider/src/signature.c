@@ -231,7 +231,9 @@ static int sign_message(const signature_ctx *ctx, unsigned char *out, size_t *ou
         return raise_exchange(ctx->provider, status, socket, system_error);
     if (answer.kind == KEYREEVE_ANSWER_REFUSED)
         return raise_refusal(ctx->provider, &answer);
-    if (!keyreeve_verify(ctx->key, scheme, answer.signature, answer.signature_len, message, message_len)) {
+    if (keyreeve_verify_is_due(ctx->key, (keyreeve_purpose)frame.purpose) &&
+        !keyreeve_verify(ctx->key, scheme, answer.signature, answer.signature_len, message, message_len)) {
+        keyreeve_key_mistrust(ctx->key);
         keyreeve_provider_raise(ctx->provider, KEYREEVE_ERROR_SIGNATURE_WRONG,
                                 "key %s: another key stands behind the reference, or the signer is faulty",
                                 frame.key_id);

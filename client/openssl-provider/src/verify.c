@@ -4,6 +4,30 @@
 #include <openssl/evp.h>
 #include <openssl/rsa.h>
 
+static int is_verified_by_the_peer(keyreeve_purpose purpose)
+{
+    switch (purpose) {
+    case KEYREEVE_PURPOSE_TLS13_SERVER_VERIFY:
+    case KEYREEVE_PURPOSE_TLS13_CLIENT_VERIFY:
+    case KEYREEVE_PURPOSE_TLS12_SERVER_KEY_EXCHANGE:
+    case KEYREEVE_PURPOSE_TLS12_CLIENT_VERIFY:
+        return 1;
+    case KEYREEVE_PURPOSE_UNSPECIFIED:
+    case KEYREEVE_PURPOSE_CERTIFICATE_REQUEST:
+    default:
+        return 0;
+    }
+}
+
+int keyreeve_verify_is_due(keyreeve_key *key, keyreeve_purpose purpose)
+{
+    keyreeve_key_type type = keyreeve_key_get_type(key);
+    int is_ecdsa = type == KEYREEVE_KEY_P256 || type == KEYREEVE_KEY_P384;
+
+    return keyreeve_provider_verifies_always(keyreeve_key_provider(key)) || !is_ecdsa ||
+           !is_verified_by_the_peer(purpose) || !keyreeve_key_skip_verification(key);
+}
+
 int keyreeve_verify(const keyreeve_key *key, const keyreeve_scheme *scheme, const uint8_t *signature,
                     size_t signature_len, const uint8_t *message, size_t message_len)
 {

@@ -130,6 +130,36 @@ static void test_the_wait_context_keeps_one_descriptor(void)
     finish(&one);
 }
 
+/* HAProxy learns of the descriptor by the pause, and aborts itself when it closes a connection that has one
+ * which it never saw. */
+static void test_the_first_wait_pauses_though_the_answer_is_there(void)
+{
+    int timeouts_ms[] = {PATIENCE_MS, 0}; /* so does one whose time is up already */
+    size_t i;
+
+    for (i = 0; i < sizeof(timeouts_ms) / sizeof(timeouts_ms[0]); i++) {
+        started one;
+        int abandoned = 0;
+        int pair[2];
+
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
+        CHECK(write(pair[1], "x", 1) == 1);
+        memset(&one, 0, sizeof(one));
+        one.wait_ctx = ASYNC_WAIT_CTX_new();
+        one.argument.fd = pair[0];
+        one.argument.until_ms = keyreeve_now_ms() + timeouts_ms[i];
+        one.argument.abandoned = &abandoned;
+        one.far_end = pair[1];
+        CHECK(one.wait_ctx != NULL && resume(&one) == ASYNC_PAUSE);
+        CHECK(is_readable(wait_fd(&one), PATIENCE_MS));
+        CHECK(resume(&one) == ASYNC_FINISH && one.result == KEYREEVE_WAIT_READY);
+        /* From then on it is known: a second wait of the same connection does not pause for nothing. */
+        one.job = NULL;
+        CHECK(resume(&one) == ASYNC_FINISH && one.result == KEYREEVE_WAIT_READY);
+        finish(&one);
+    }
+}
+
 static void test_the_deadline_wakes_the_application(void)
 {
     started one;
@@ -173,6 +203,7 @@ int main(void)
     CHECK(ASYNC_is_capable());
     test_jobs_overlap_and_tolerate_spurious_resumptions();
     test_the_wait_context_keeps_one_descriptor();
+    test_the_first_wait_pauses_though_the_answer_is_there();
     test_the_deadline_wakes_the_application();
     test_without_a_job_the_thread_blocks();
     test_an_abandoned_job_releases_what_it_held();

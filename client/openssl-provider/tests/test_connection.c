@@ -21,6 +21,8 @@
 #define THREADS 8
 #define SIGNATURES_PER_THREAD 50
 #define DAEMON_DESCRIPTORS 32
+#define MOST_CONNECTIONS 512
+#define JOBS 200
 
 typedef enum {
     HONEST,
@@ -34,6 +36,7 @@ typedef enum {
     PONG,             /* an answer to a question that was not asked */
     REFUSE,
     REFUSE_UNREADABLE, /* a refusal with request id 0 */
+    HELD,              /* answers once it is told to be something else */
     BYTEWISE           /* an honest answer in pieces of one byte */
 } behaviour;
 
@@ -45,7 +48,7 @@ typedef struct {
     atomic_int accepted;
     atomic_int requests;
     pthread_t thread;
-    pthread_t served[64];
+    pthread_t served[MOST_CONNECTIONS];
     int served_count;
 } agent;
 
@@ -84,7 +87,10 @@ static void answer(const agent *of, int fd, const uint8_t request_id[4], int req
     uint8_t pong[] = {0, 0, 0, 6, 1, 0x82, request_id[0], request_id[1], request_id[2], request_id[3]};
     size_t i;
 
+    while (of->how == HELD)
+        (void)usleep(500);
     switch (of->how) {
+    case HELD:
     case CLOSE_FIRST_ONLY:
         if (request_number == 1) {
             (void)shutdown(fd, SHUT_RDWR);
@@ -170,7 +176,7 @@ static void *accept_loop(void *argument)
         job->of = self;
         job->fd = fd;
         atomic_fetch_add(&self->accepted, 1);
-        CHECK(self->served_count < 64);
+        CHECK(self->served_count < MOST_CONNECTIONS);
         CHECK(pthread_create(&self->served[self->served_count++], NULL, serve, job) == 0);
     }
 }
@@ -447,6 +453,44 @@ static void test_a_job_that_is_resumed_in_a_child(void)
     agent_free(from);
 }
 
+typedef struct {
+    ASYNC_JOB *job;
+    ASYNC_WAIT_CTX *wait_ctx;
+    int result;
+} handshake;
+
+/* Many handshakes of one thread at once: each has a connection, and the next ones open none. */
+static void test_many_jobs_keep_their_connections(void)
+{
+    static handshake all[JOBS];
+    agent *from = agent_start(HONEST);
+    thread_job todo = {keyreeve_pool_new(), from};
+    thread_job *argument = &todo;
+    int round, i;
+
+    for (round = 0; round < 3; round++) {
+        from->how = HELD;
+        for (i = 0; i < JOBS; i++) {
+            memset(&all[i], 0, sizeof(all[i]));
+            all[i].wait_ctx = ASYNC_WAIT_CTX_new();
+            CHECK(all[i].wait_ctx != NULL &&
+                  ASYNC_start_job(&all[i].job, all[i].wait_ctx, &all[i].result, ask_in_job, &argument,
+                                  sizeof(argument)) == ASYNC_PAUSE);
+        }
+        from->how = HONEST;
+        for (i = JOBS - 1; i >= 0; i--) {
+            while (ASYNC_start_job(&all[i].job, all[i].wait_ctx, &all[i].result, ask_in_job, &argument,
+                                   sizeof(argument)) == ASYNC_PAUSE)
+                (void)usleep(100);
+            CHECK(all[i].result == 1);
+            ASYNC_WAIT_CTX_free(all[i].wait_ctx);
+        }
+        CHECK(atomic_load(&from->accepted) == JOBS);
+    }
+    keyreeve_pool_free(todo.pool);
+    agent_free(from);
+}
+
 static void *sign_often(void *argument)
 {
     const thread_job *job = argument;
@@ -486,6 +530,7 @@ int main(void)
     test_fork();
     test_a_child_that_closed_what_it_inherited();
     test_a_job_that_is_resumed_in_a_child();
+    test_many_jobs_keep_their_connections();
     test_threads();
     puts("connection: ok");
     return 0;

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import grpc
@@ -34,6 +34,7 @@ from keyreeve_common.grpc_edge import error_from_proto, error_from_rpc, error_fr
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES, Purpose
 from keyreeve_common.schemes import SignatureScheme
 from keyreeve_common.sign_socket import MAX_SIGNATURE_BYTES
+from keyreeve_common.telemetry import log_exception
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 from keyreeve_common.verification import verify_signature
 
@@ -89,18 +90,90 @@ class StreamLost(Unavailable):
     """The stream to one key server broke, ended, or could not be opened: it says nothing of the request, and all of that server."""
 
 
-@dataclass(slots=True)
-class _Waiting:
-    item: keyserver_pb2.SignItem
-    answer: asyncio.Future[bytes]
-    ends_at: float  # of the loop's clock
+Outcome = bytes | KeyreeveError
+Answered = Callable[[Outcome], None]
+
+
+class Pending:
+    """One request between `begin` and its outcome. `answered` is called once, on the event loop, unless `cancel` came before."""
+
+    __slots__ = (
+        "_answered",
+        "_client",
+        "batch",
+        "ends_at",
+        "item_id",
+        "key_id",
+        "message",
+        "purpose",
+        "scheme",
+        "trace",
+    )
+
+    def __init__(
+        self,
+        client: SignStreamClient,
+        answered: Answered,
+        *,
+        item_id: int,
+        key_id: str,
+        scheme: int,
+        purpose: int,
+        message: bytes,
+        trace: bytes,
+        ends_at: float,
+    ) -> None:
+        self._client = client
+        self._answered: Answered | None = answered
+        self.item_id = item_id
+        self.key_id = key_id
+        self.scheme = scheme
+        self.purpose = purpose
+        self.message = message
+        self.trace = trace
+        self.ends_at = ends_at  # of the loop's clock
+        self.batch: _Batch | None = None
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more: it holds no slot and no memory from here on."""
+        if self._answered is not None:
+            self._answered = None
+            self._client._forget(self)
+
+    def settle(self, outcome: Outcome) -> None:
+        answered, self._answered = self._answered, None
+        if answered is not None:
+            try:
+                answered(outcome)
+            except Exception:  # of one caller; the others on this stream wait for theirs
+                log_exception("sign_callback_failed")
+
+
+def build_batch(pending: Iterable[Pending], now: float) -> keyserver_pb2.SignBatch:
+    """The message that carries these requests, each with the time that is left of its deadline."""
+    batch = keyserver_pb2.SignBatch()
+    add = batch.items.add
+    for each in pending:
+        left_s = each.ends_at - now
+        left_ms = int((left_s - min(_EDGE_MARGIN_S, left_s / 2)) * 1000)
+        add(
+            id=each.item_id,
+            key_id=each.key_id,
+            scheme=each.scheme,
+            purpose=cast("Any", each.purpose),
+            message=each.message,
+            deadline_ms=max(1, min(left_ms, _MAX_DEADLINE_MS)),
+            trace=each.trace,
+        )
+    return batch
 
 
 @dataclass(slots=True, eq=False)
 class _Batch:
     """One batch in flight; done when every item is answered or given up."""
 
-    open_ids: set[int]
+    stream: _Stream
+    open_items: int
     sent_at: float
 
 
@@ -110,26 +183,25 @@ class _Stream:
 
     channel: grpc.aio.Channel
     call: Any  # grpc.aio's StreamStreamCall: its typing does not tell write from read
-    outstanding: dict[int, tuple[asyncio.Future[bytes], _Batch]] = field(default_factory=dict)
+    outstanding: dict[int, Pending] = field(default_factory=dict)
     batches: set[_Batch] = field(default_factory=set)
     reader: asyncio.Task[None] | None = None
 
-    def settle(self, item_id: int) -> asyncio.Future[bytes] | None:
-        """Takes the item off; None when nobody waits for it any more."""
-        future, batch = self.outstanding.pop(item_id, (None, None))
-        if batch is not None:
-            batch.open_ids.discard(item_id)
-            if not batch.open_ids:
+    def take_off(self, item_id: int) -> Pending | None:
+        """None when nobody waits for it any more."""
+        pending = self.outstanding.pop(item_id, None)
+        if pending is not None and (batch := pending.batch) is not None:
+            batch.open_items -= 1
+            if not batch.open_items:
                 self.batches.discard(batch)
-        return future
+        return pending
 
     def fail(self, error: KeyreeveError) -> None:
-        waiting = [future for future, _ in self.outstanding.values()]
+        waiting = list(self.outstanding.values())
         self.outstanding.clear()
         self.batches.clear()
-        for future in waiting:
-            if not future.done():
-                future.set_exception(error)
+        for pending in waiting:
+            pending.settle(error)
 
 
 class SignStreamClient:
@@ -141,7 +213,7 @@ class SignStreamClient:
 
     def __init__(self, channel: Callable[[], Awaitable[grpc.aio.Channel]]) -> None:
         self._channel = channel
-        self._waiting: OrderedDict[int, _Waiting] = OrderedDict()  # by id, in order of arrival
+        self._waiting: dict[int, Pending] = {}  # by id, in order of arrival
         self._wake = asyncio.Event()
         self._stream: _Stream | None = None
         self._old: set[_Stream] = set()  # those of channels before a renewal, until their answers are in
@@ -149,6 +221,8 @@ class SignStreamClient:
         self._sender: asyncio.Task[None] | None = None
         self._next_id = 0
         self._closed = False
+        self.batches_sent = 0
+        self.items_sent = 0
 
     async def sign(
         self,
@@ -165,23 +239,37 @@ class SignStreamClient:
         Raises: KeyreeveError as the key server said it for this item; Unavailable when the stream cannot be opened or breaks,
         DeadlineExceeded, RateLimited when too much waits here; Internal for a wrong signature.
         """
-        ends_at = asyncio.get_running_loop().time() + deadline.total_seconds()
-        answer = self.begin(key_id, scheme, purpose, message=message, ends_at=ends_at)
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + deadline.total_seconds()
+        future: asyncio.Future[bytes] = loop.create_future()
+        pending = self.begin(
+            key_id, scheme, purpose, message=message, ends_at=ends_at, answered=partial(settle_future, future)
+        )
         try:
             async with asyncio.timeout_at(ends_at):
-                signature = await answer
+                signature = await future
         except TimeoutError:
             raise DeadlineExceeded("key server did not answer in time") from None
+        finally:
+            pending.cancel()
         if public_key is not None:
             verify_signature(public_key, scheme, message, signature=signature)
         return signature
 
     def begin(
-        self, key_id: str, scheme: int, purpose: int, *, message: bytes, ends_at: float, trace: bytes = b""
-    ) -> asyncio.Future[bytes]:
-        """Sends a request off; its future gives the signature, or raises what `sign` raises but for DeadlineExceeded of our own.
+        self,
+        key_id: str,
+        scheme: int,
+        purpose: int,
+        *,
+        message: bytes,
+        ends_at: float,
+        answered: Answered,
+        trace: bytes = b"",
+    ) -> Pending:
+        """Sends a request off. `answered` gets, after this returned, the signature or what `sign` raises but for DeadlineExceeded of our own.
 
-        Who does not want the answer any more cancels the future. `ends_at` is a time of the loop's clock, for the key server to keep.
+        Who does not want the answer any more cancels. `ends_at` is a time of the loop's clock, for the key server to keep.
         Raises: MessageTooLarge, Unavailable when closed, Overloaded.
         """
         _check_message(message)
@@ -189,19 +277,23 @@ class SignStreamClient:
             raise Unavailable("sign client is closed")
         if len(self._waiting) >= MAX_WAITING:
             raise Overloaded("too many requests wait for the key server", retry_after=timedelta(milliseconds=100))
-        item = keyserver_pb2.SignItem(
-            id=self._new_id(),
+        self._next_id = item_id = (self._next_id + 1) & 0xFFFF_FFFF
+        pending = Pending(
+            self,
+            answered,
+            item_id=item_id,
             key_id=key_id,
             scheme=scheme,
-            purpose=cast("Any", int(purpose)),
+            purpose=purpose,
             message=message,
             trace=trace,
+            ends_at=ends_at,
         )
-        waiting = _Waiting(item, asyncio.get_running_loop().create_future(), ends_at)
-        waiting.answer.add_done_callback(lambda _: self._give_up(item.id))
-        self._waiting[item.id] = waiting
-        self._start_sender()
-        return waiting.answer
+        self._waiting[item_id] = pending
+        if self._sender is None or self._sender.done():
+            self._sender = asyncio.create_task(self._send_forever(), name="sign-stream-sender")
+        self._wake.set()
+        return pending
 
     def abandon(self, error: KeyreeveError) -> None:
         """Fails all that waits or is in flight, and ends the stream (those before a renewal too); the next request opens another."""
@@ -223,22 +315,12 @@ class SignStreamClient:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._fail_waiting(Unavailable("sign client was closed"))
 
-    def _new_id(self) -> int:
-        self._next_id = (self._next_id + 1) & 0xFFFF_FFFF
-        return self._next_id
-
-    def _give_up(self, item_id: int) -> None:
-        """Whatever became of the item, it holds no slot and no memory any more; an answer that comes later finds nobody."""
-        self._waiting.pop(item_id, None)
-        for stream in (self._stream, *self._old):
-            if stream is not None and stream.settle(item_id) is not None:
-                self._wake.set()
-                return
-
-    def _start_sender(self) -> None:
-        self._wake.set()
-        if self._sender is None or self._sender.done():
-            self._sender = asyncio.create_task(self._send_forever(), name="sign-stream-sender")
+    def _forget(self, pending: Pending) -> None:
+        """An answer that comes later finds nobody."""
+        if pending.batch is None:
+            self._waiting.pop(pending.item_id, None)
+        elif pending.batch.stream.take_off(pending.item_id) is not None:
+            self._wake.set()
 
     async def _send_forever(self) -> None:
         while True:
@@ -255,6 +337,11 @@ class SignStreamClient:
                     self._fail_waiting(error)
                 except grpc.aio.UsageError:
                     self._fail_waiting(StreamLost("channel to the key server was closed"))
+
+    @property
+    def load(self) -> int:
+        """Requests that wait or are in flight."""
+        return len(self._waiting) + (len(self._stream.outstanding) if self._stream is not None else 0)
 
     @staticmethod
     def _full_for(stream: _Stream) -> float:
@@ -289,30 +376,32 @@ class SignStreamClient:
         self._old.add(stream)
         self._track(asyncio.create_task(_end_writing(stream.call), name="sign-stream-end"))
 
-    def _take_batch(self) -> list[_Waiting]:
-        """The next items in order of arrival, at most MAX_BATCH_ITEMS and about MAX_BATCH_BYTES."""
-        taken: list[_Waiting] = []
-        size, now = 0, asyncio.get_running_loop().time()
-        while self._waiting and len(taken) < MAX_BATCH_ITEMS and size < MAX_BATCH_BYTES:
-            _, waiting = self._waiting.popitem(last=False)
-            if not waiting.answer.done():  # else its caller was told to give up in this very turn of the loop
-                left_s = waiting.ends_at - now
-                left_ms = int((left_s - min(_EDGE_MARGIN_S, left_s / 2)) * 1000)
-                waiting.item.deadline_ms = max(1, min(left_ms, _MAX_DEADLINE_MS))
-                taken.append(waiting)
-                size += len(waiting.item.message)
+    def _take_batch(self) -> list[Pending]:
+        """The next requests in order of arrival, at most MAX_BATCH_ITEMS and about MAX_BATCH_BYTES."""
+        taken: list[Pending] = []
+        size = 0
+        for pending in self._waiting.values():
+            taken.append(pending)
+            size += len(pending.message)
+            if len(taken) == MAX_BATCH_ITEMS or size >= MAX_BATCH_BYTES:
+                break
+        for pending in taken:
+            del self._waiting[pending.item_id]
         return taken
 
     async def _send_batch(self, stream: _Stream) -> None:
-        taken = self._take_batch()
+        taken, now = self._take_batch(), asyncio.get_running_loop().time()
         if not taken:
-            return
-        batch = _Batch({waiting.item.id for waiting in taken}, asyncio.get_running_loop().time())
+            return  # their callers gave up while the channel was made
+        batch = _Batch(stream, len(taken), now)
         stream.batches.add(batch)
-        for waiting in taken:
-            stream.outstanding[waiting.item.id] = (waiting.answer, batch)
+        for pending in taken:
+            pending.batch = batch
+            stream.outstanding[pending.item_id] = pending
+        self.batches_sent += 1
+        self.items_sent += len(taken)
         try:
-            await stream.call.write(keyserver_pb2.SignBatch(items=[waiting.item for waiting in taken]))
+            await stream.call.write(build_batch(taken, now))
         except (grpc.RpcError, asyncio.InvalidStateError):
             # The reader learns the cause and fails what is outstanding; until it has, no new stream must take its place unseen.
             if stream.reader is not None:
@@ -347,23 +436,33 @@ class SignStreamClient:
             self._wake.set()
 
     def _fail_waiting(self, error: KeyreeveError) -> None:
-        while self._waiting:
-            _, waiting = self._waiting.popitem(last=False)
-            if not waiting.answer.done():
-                waiting.answer.set_exception(error)
+        waiting = list(self._waiting.values())
+        self._waiting.clear()
+        for pending in waiting:
+            pending.settle(error)
+
+
+def settle_future(future: asyncio.Future[bytes], outcome: Outcome) -> None:
+    """For callers that await."""
+    if future.done():
+        return
+    if isinstance(outcome, KeyreeveError):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
 
 
 def _deliver(stream: _Stream, result: keyserver_pb2.SignResult) -> None:
-    future = stream.settle(result.id)
-    if future is None or future.done():
+    pending = stream.take_off(result.id)
+    if pending is None:
         return
-    if result.WhichOneof("result") != "signature":
-        future.set_exception(error_from_proto(result.error))
-    elif 0 < len(result.signature) <= MAX_SIGNATURE_BYTES:
-        future.set_result(bytes(result.signature))
+    signature = result.signature
+    if 0 < len(signature) <= MAX_SIGNATURE_BYTES:
+        pending.settle(signature)
+    elif result.WhichOneof("result") != "signature":
+        pending.settle(error_from_proto(result.error))
     else:  # no frame of the sign socket could carry it on
-        size = len(result.signature)
-        future.set_exception(Internal(f"key server gave {size} bytes for a signature: that server is faulty"))
+        pending.settle(Internal(f"key server gave {len(signature)} bytes for a signature: that server is faulty"))
 
 
 async def _end_writing(call: Any) -> None:

@@ -104,6 +104,8 @@ _ALL = (
     _gauge("keyreeve_agent_svids", "identities that this agent may serve"),
     _gauge("keyreeve_agent_svid_expiry_timestamp_seconds", "when the agent's own SVID ends, Unix time"),
     _gauge("keyreeve_agent_key_servers_available", "key servers that answered last"),
+    _counter("keyreeve_agent_batches_total", "batches sent to key servers"),
+    _counter("keyreeve_agent_batched_requests_total", "requests in those batches, second ones and repeats among them"),
     _counter("keyreeve_agent_hedges_total", "second requests sent because the first took longer than usual"),
     _counter("keyreeve_agent_ejections_total", "times that a key server was taken out of use"),
     _gauge("keyreeve_agent_ca_connected", "1 while the CA's stream of assignments is open"),

@@ -139,7 +139,14 @@ def test_the_configured_socket_overrides_that_of_the_reference(
 
 
 @pytest.mark.parametrize(
-    "setting", [{"deadline_ms": "0"}, {"deadline_ms": "soon"}, {"deadline_ms": "60001"}, {"socket": "sign.sock"}]
+    "setting",
+    [
+        {"deadline_ms": "0"},
+        {"deadline_ms": "soon"},
+        {"deadline_ms": "60001"},
+        {"socket": "sign.sock"},
+        {"verify": "never"},
+    ],
 )
 def test_a_wrong_setting_is_named(work: Path, setting: dict[str, str], identity_of: Callable[[str], Identity]) -> None:
     """libcrypto drops a provider that does not load without a word, so it loads and refuses references."""

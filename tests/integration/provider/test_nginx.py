@@ -17,6 +17,7 @@ from keyreeve_common.purposes import Purpose
 from nginx_server import Nginx
 from provider_support import KEY_MAKERS, Authority, Identity, environment, handshake, wait_until, write_openssl_conf
 
+VERIFY_EVERY = 64  # KEYREEVE_VERIFY_EVERY of client/openssl-provider/src/key.h
 HANDSHAKE_KINDS = ["ec-p256", "ec-p384", "rsa-2048", "ed25519"]
 SCHEMES = {
     "ec-p256": 0x0403,
@@ -125,6 +126,55 @@ def test_a_wrong_key_behind_the_reference_fails_the_handshake_only(
         agent.keys[identity.key_id] = identity.key
         assert b"served by keyreeve" in handshake(server.port, authority)
         assert server.worker_pids() == workers
+
+
+@pytest.mark.parametrize("verify", ["sampled", "always"])
+def test_wrong_signatures_after_good_ones_fail_at_the_peer_and_are_named(
+    verify: str,
+    work: Path,
+    agent: FakeAgent,
+    authority: Authority,
+    identity_of: Callable[[str], Identity],
+) -> None:
+    """By default the peer verifies, and the provider now and again: no wrong signature completes a handshake, and its cause is logged."""
+    identity = identity_of("ec-p256")
+    env = environment(write_openssl_conf(work / "verify.cnf", verify=verify))
+    with Nginx(work, identity, env, workers=1) as server:
+        assert b"served by keyreeve" in handshake(server.port, authority)
+        agent.keys[identity.key_id] = KEY_MAKERS["ec-p256"]()
+        tried = 0
+        while "signature does not fit the public key" not in server.log.read_text():
+            with pytest.raises(ssl.SSLError):
+                handshake(server.port, authority)
+            tried += 1
+            if verify == "always":
+                server.wait_for_log("signature does not fit the public key")
+            assert tried <= VERIFY_EVERY
+        with pytest.raises(ssl.SSLError):  # a key that was found wrong is verified from then on
+            handshake(server.port, authority)
+        wait_until(lambda: server.log.read_text().count("signature does not fit") == 2, "the second line")
+        agent.keys[identity.key_id] = identity.key
+        assert b"served by keyreeve" in handshake(server.port, authority)
+
+
+@pytest.mark.parametrize("kind", ["rsa-2048", "ed25519"])
+def test_wrong_signatures_of_rsa_and_ed25519_never_reach_the_peer(
+    kind: str,
+    work: Path,
+    agent: FakeAgent,
+    env: dict[str, str],
+    authority: Authority,
+    identity_of: Callable[[str], Identity],
+) -> None:
+    """A faulty one beside a right one would give the key away."""
+    identity = identity_of(kind)
+    with Nginx(work, identity, env, workers=1) as server:
+        assert b"served by keyreeve" in handshake(server.port, authority)
+        agent.keys[identity.key_id] = KEY_MAKERS[kind]()
+        for tried in range(1, 4):
+            with pytest.raises(ssl.SSLError, match="alert"):  # ours, not the client's own finding
+                handshake(server.port, authority)
+            wait_until(lambda tried=tried: server.log.read_text().count("signature does not fit") == tried, "a line")  # type: ignore[misc]
 
 
 def test_a_refusal_is_in_the_error_log_by_name(

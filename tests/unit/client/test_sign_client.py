@@ -14,6 +14,8 @@ from keyreeve_client.channel import open_local_channel, open_sync_local_channel
 from keyreeve_client.sign_client import (
     MAX_BATCH_ITEMS,
     MAX_BATCHES_IN_FLIGHT,
+    Outcome,
+    Pending,
     SignClient,
     SignStreamClient,
     StreamLost,
@@ -95,13 +97,17 @@ async def test_what_is_no_time_to_wait_is_none(seconds: int) -> None:
     assert isinstance(frame, RefusedFrame)
 
 
-async def _delivered(result: Any) -> BaseException | None:
+async def _delivered(result: Any) -> Outcome:
     no: Any = None
-    stream = _Stream(no, no)
-    answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-    stream.outstanding[1] = (answer, _Batch({1}, 0.0))
+    stream, outcomes = _Stream(no, no), list[Outcome]()
+    pending = Pending(
+        no, outcomes.append, item_id=1, key_id="k", scheme=SCHEME, purpose=PURPOSE, message=b"", trace=b"", ends_at=0.0
+    )
+    stream.outstanding[1] = pending
+    pending.batch = _Batch(stream, 1, 0.0)
     _deliver(stream, result)
-    return answer.exception()
+    (outcome,) = outcomes
+    return outcome
 
 
 async def test_first_leaves_at_once_and_those_that_arrive_meanwhile_leave_together(signing: Any) -> None:
@@ -146,7 +152,7 @@ async def test_batches_that_are_slow_do_not_hold_the_pipe(signing: Any) -> None:
         # The service answers nothing: yet what comes later is sent, once those batches are stale.
         later = start(client, 1, 7)
         async with asyncio.timeout(20):
-            while sum(len(batch.open_ids) for batch in stream.batches) < MAX_BATCHES_IN_FLIGHT + 1:
+            while sum(batch.open_items for batch in stream.batches) < MAX_BATCHES_IN_FLIGHT + 1:
                 await asyncio.sleep(0.005)
         assert not client._waiting
         signing.service.gate.set()
@@ -274,6 +280,50 @@ async def test_a_request_that_was_given_up_while_it_waited_is_forgotten(signing:
         assert not client._waiting
         signing.service.gate.set()
         assert len(await asyncio.gather(*held)) == len(held)
+
+
+async def test_no_batch_leaves_when_all_gave_up_while_the_channel_was_made(signing: Any) -> None:
+    signing.service.gate.set()
+    channel, made = open_local_channel(signing.socket), asyncio.Event()
+
+    async def current() -> grpc.aio.Channel:
+        await made.wait()
+        return channel
+
+    client = SignStreamClient(current)
+    ends_at = asyncio.get_running_loop().time() + 30
+    outcomes: list[Outcome] = []
+    pending = [
+        client.begin("key-1", SCHEME, PURPOSE, message=b"m", ends_at=ends_at, answered=outcomes.append)
+        for _ in range(3)
+    ]
+    await asyncio.sleep(0)
+    for each in pending:
+        each.cancel()
+    made.set()
+    for _ in range(10):  # the sender has its turn, with nothing to send
+        await asyncio.sleep(0)
+    assert await call(client, b"the one that stays")
+    assert outcomes == []
+    assert [len(batch) for batch in signing.service.batches] == [1]
+    assert (client.batches_sent, client.items_sent) == (1, 1)
+    await client.close()
+    await channel.close()
+
+
+async def test_a_callback_that_fails_harms_no_other_request(signing: Any, caplog: pytest.LogCaptureFixture) -> None:
+    signing.service.gate.set()
+
+    def fail(_outcome: Outcome) -> None:
+        raise RuntimeError("a fault of this caller")
+
+    async with stream_client(signing) as client:
+        ends_at = asyncio.get_running_loop().time() + 30
+        client.begin("key-1", SCHEME, PURPOSE, message=b"m", ends_at=ends_at, answered=fail)
+        assert await call(client, b"another")
+        assert await call(client, b"a third")
+    assert signing.service.streams == 1
+    assert "sign_callback_failed" in caplog.text
 
 
 async def test_cancelled_caller_leaves_nothing_behind(signing: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from keyreeve_common.errors import InvalidRequest
-from keyreeve_common.trace import TRACE_BYTES, checked_trace, make_trace, request_id_of
+from keyreeve_common.trace import TRACE_BYTES, TraceIds, checked_trace, is_sampled, make_trace, request_id_of
 
 
 def test_given_context_is_kept_and_a_missing_one_made() -> None:
@@ -24,3 +24,11 @@ def test_request_id_is_the_trace_id() -> None:
 def test_what_is_no_context_is_refused(given: bytes) -> None:
     with pytest.raises(InvalidRequest, match="trace"):
         checked_trace(given)
+
+
+def test_ids_drawn_together_differ_and_have_no_span() -> None:
+    ids = TraceIds()
+    made = [ids.make() for _ in range(1000)]
+    assert len(set(made)) == len(made)
+    assert {checked_trace(trace) for trace in made} == set(made)
+    assert not any(is_sampled(trace) for trace in made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import os
 import resource
@@ -14,6 +13,7 @@ from keyreeve_common.config import load_config
 from keyreeve_common.errors import KeyreeveError
 from keyreeve_common.telemetry import configure_logging, log_error
 
+from keyreeve_client.agent import event_loop
 from keyreeve_client.agent.config import AgentConfig
 from keyreeve_client.agent.service import Agent, check
 
@@ -35,7 +35,7 @@ def main() -> None:
     configure_logging("agent")
     failed = False
     try:
-        asyncio.run(Agent(config).run())
+        event_loop.run(Agent(config).run())
     except* KeyreeveError as group:
         failed = True  # leaving from within `except*` would wrap the exit into a group
         for cause in _leaves(group):

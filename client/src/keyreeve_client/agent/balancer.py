@@ -126,7 +126,10 @@ class Replica:
         return self.outstanding + self.unanswered
 
     def lane(self, scheme: int) -> Lane:
-        return self.lanes.setdefault(scheme, Lane())
+        found = self.lanes.get(scheme)
+        if found is None:
+            found = self.lanes[scheme] = Lane()
+        return found
 
 
 class Balancer:
@@ -148,6 +151,8 @@ class Balancer:
         A ready one, if there is one; of those one that does not hold this class back; of those the one with the least outstanding. A class
         is held back as a preference only: a scheme tells neither the size of an RSA key nor the backend that a key lives in.
         """
+        if len(self.replicas) == 1:
+            return None if avoid else 0
         others = (index for index in range(len(self.replicas)) if index not in avoid)
         return min(others, key=lambda index: self._rank(index, scheme, now), default=None)
 
@@ -307,6 +312,8 @@ class Balancer:
         return replica.asked_since is not None and now - replica.asked_since >= self._settings.silence_s
 
     def _is_outlier(self, index: int, scheme: int) -> bool:
+        if len(self.replicas) < 2:
+            return False
         own = self.replicas[index].lane(scheme).latencies
         others = [
             replica.lanes[scheme].latencies.mean_s

@@ -38,7 +38,8 @@ class CaConfig:
 class KeyServerConfig:
     """`addresses` are the replicas of one key cluster. `spiffe_id` absent: spiffe://<trust domain>/keyreeve/keyserver.
 
-    The others count where there are two replicas or more: when a request is also sent to a second one, and which one is left out.
+    `connections` are those to each address. The others count where there are two replicas or more: when a request is also sent to a second one,
+    and which one is left out.
     """
 
     addresses: tuple[str, ...]
@@ -47,6 +48,7 @@ class KeyServerConfig:
     hedge_floor: timedelta = timedelta(milliseconds=20)
     silence_timeout: timedelta = timedelta(milliseconds=500)
     max_errors: int = 3
+    connections: int = 1
 
     def __post_init__(self) -> None:
         if not self.addresses:
@@ -61,6 +63,8 @@ class KeyServerConfig:
             raise ConfigInvalid("silence_timeout: allowed are 50ms to 30s")
         if not 1 <= self.max_errors <= 1000:
             raise ConfigInvalid("max_errors: allowed are 1 to 1000")
+        if not 1 <= self.connections <= 16:
+            raise ConfigInvalid("connections: allowed are 1 to 16")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,24 @@ class Counts:
     signed: Counter[KeyId] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     connections: int = 0
-    outstanding: Counter[int] = field(default_factory=Counter)  # by uid
+    outstanding: Counter[int] = field(default_factory=Counter)  # by uid; change it by `began` and `ended` alone
+    outstanding_total: int = 0
     of_uid: Counter[int] = field(default_factory=Counter)
     metrics: MetricSet = field(default_factory=MetricSet)
     _logged_at: float | None = None
     _unlogged: int = 0
+
+    def began(self, uid: int) -> None:
+        self.outstanding[uid] += 1
+        self.outstanding_total += 1
+
+    def ended(self, uid: int) -> None:
+        self.outstanding_total -= 1
+        left = self.outstanding[uid] - 1
+        if left:
+            self.outstanding[uid] = left
+        else:
+            del self.outstanding[uid]
 
     def count_refused(self, code: str) -> None:
         self.refused[code] += 1

@@ -15,11 +15,14 @@ def watch_agent(identity: NodeIdentity, sync: Sync, server: SignServer, cluster:
     counts = server.counts
     metrics = counts.metrics
     metrics.gauge("keyreeve_agent_connections", lambda: counts.connections)
-    metrics.gauge("keyreeve_agent_requests_in_flight", counts.outstanding.total)
+    metrics.gauge("keyreeve_agent_requests_in_flight", lambda: counts.outstanding_total)
     metrics.gauge("keyreeve_agent_svids", lambda: len(sync.keys.state.assignments))
     metrics.gauge("keyreeve_agent_svid_expiry_timestamp_seconds", lambda: _expiry(identity))
     metrics.gauge("keyreeve_agent_key_servers_available", lambda: _available(cluster))
     replicas = cluster.balancer.replicas
+    streams = [server.stream for server in cluster.servers]
+    metrics.gauge("keyreeve_agent_batches_total", lambda: sum(stream.batches_sent for stream in streams))
+    metrics.gauge("keyreeve_agent_batched_requests_total", lambda: sum(stream.items_sent for stream in streams))
     metrics.gauge("keyreeve_agent_hedges_total", lambda: sum(replica.hedges for replica in replicas))
     metrics.gauge("keyreeve_agent_ejections_total", lambda: sum(replica.ejections for replica in replicas))
     metrics.gauge("keyreeve_agent_ca_connected", lambda: int(sync.connected))

@@ -23,6 +23,7 @@ from keyreeve_common.x509_svid import to_pem
 from keyreeve_client.agent.assignments import AgentState, Assignment, CurrentKeys, utc_now
 from keyreeve_client.agent.attestation import NodeIdentity
 from keyreeve_client.agent.config import AgentConfig
+from keyreeve_client.agent.event_loop import loop_name
 from keyreeve_client.agent.file_sink import SvidFiles
 from keyreeve_client.agent.key_cluster import KeyCluster, balancer_settings
 from keyreeve_client.agent.metrics import watch_agent
@@ -98,7 +99,7 @@ class Agent:
                 if not await _unless(stop, self._become_ready()):
                     background.append(group.create_task(self._status.run_forever(), name="status"))
                     await stop.wait()
-                    log("agent_draining", outstanding=self._server.counts.outstanding.total())
+                    log("agent_draining", outstanding=self._server.counts.outstanding_total)
                     await self._server.drain(self.config.drain_timeout)
                     remove_sign_socket(self.config.sign_socket.path)
                 for task in background:
@@ -121,8 +122,9 @@ class Agent:
             identity.files(),
             server_id=config.key_server_id,
             settings=balancer_settings(config.key_server),
+            connections=config.key_server.connections,
         )
-        self._server = SignServer(config.sign_socket, keys, self._cluster.sign, tracing=self._tracing)
+        self._server = SignServer(config.sign_socket, keys, self._cluster.begin, tracing=self._tracing)
         self._publishers = [Publisher(proxy, on_change=self._touch) for proxy in config.proxy]
         self._sync = Sync(identity, self._ca, keys, on_state=self._publish)
         self._identity = identity
@@ -145,6 +147,7 @@ class Agent:
         log(
             "agent_ready",
             agent_id=str(self._identity.svid.spiffe_id),
+            event_loop=loop_name(),
             socket=str(self.config.sign_socket.path),
             svids=len(self._sync.keys.state.assignments),
         )

@@ -99,7 +99,7 @@ class StatusWriter:
             ],
             "proxies": [_proxy(publisher) for publisher in self.publishers],
             "connections": counts.connections,
-            "outstanding": counts.outstanding.total(),
+            "outstanding": counts.outstanding_total,
             "signatures": counts.signed.total(),
             "refusals": dict(counts.refused),
         }

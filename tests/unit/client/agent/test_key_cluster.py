@@ -13,7 +13,7 @@ import pytest
 from keyreeve_client.agent.balancer import Settings, State
 from keyreeve_client.agent.key_cluster import KeyCluster
 from keyreeve_client.channel import SvidFiles
-from keyreeve_client.sign_client import StreamLost
+from keyreeve_client.sign_client import Answered, Outcome, StreamLost
 from keyreeve_common.errors import (
     DeadlineExceeded,
     ErrorCode,
@@ -39,6 +39,24 @@ LONG_MS = 20_000
 
 
 @dataclass
+class _Asked:
+    """One request at a replica, as sign_client.Pending is."""
+
+    answered: Answered | None
+
+    def cancel(self) -> None:
+        self.answered = None
+
+    def settle(self, outcome: Outcome) -> None:
+        answered, self.answered = self.answered, None
+        if answered is not None:
+            answered(outcome)
+
+    def answer_soon(self, outcome: Outcome) -> None:
+        asyncio.get_running_loop().call_soon(self.settle, outcome)
+
+
+@dataclass
 class FakeReplica:
     """Signs with its name, fails with `error`, or hangs; `healthy` is what a probe finds."""
 
@@ -48,28 +66,27 @@ class FakeReplica:
     healthy: bool = True
     traces: list[bytes] = field(default_factory=list)
     deadlines: list[float] = field(default_factory=list)
-    held: list[asyncio.Future[bytes]] = field(default_factory=list)
+    held: list[_Asked] = field(default_factory=list)
 
     @property
     def asked(self) -> int:
         return len(self.traces)
 
-    def begin(self, *_: object, trace: bytes, ends_at: float, **__: object) -> asyncio.Future[bytes]:
+    def begin(self, *_: object, trace: bytes, ends_at: float, answered: Answered, **__: object) -> _Asked:
         self.traces.append(trace)
         self.deadlines.append(ends_at)
-        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        asked = _Asked(answered)
         if self.hangs:
-            self.held.append(answer)
+            self.held.append(asked)
         elif self.error is not None:
-            answer.set_exception(type(self.error)(self.error.detail, retry_after=self.error.retry_after))
+            asked.answer_soon(type(self.error)(self.error.detail, retry_after=self.error.retry_after))
         else:
-            answer.set_result(self.name)
-        return answer
+            asked.answer_soon(self.name)
+        return asked
 
     def abandon(self, error: KeyreeveError) -> None:
-        for answer in self.held:
-            if not answer.done():
-                answer.set_exception(error)
+        for asked in self.held:
+            asked.settle(error)
 
     async def close(self) -> None:
         return
@@ -254,7 +271,7 @@ async def test_a_stream_that_ends_moves_all_at_once_and_fails_none(pair: Rig) ->
     await asyncio.sleep(0)
     pair.replicas[1].hangs = False
     for answer in pair.replicas[1].held:
-        answer.set_result(b"two")
+        answer.settle(b"two")
     pair.replicas[0].abandon(StreamLost("this key server is stopping", retry_after=timedelta(milliseconds=100)))
     assert await asyncio.gather(*requests) == [b"two"] * 20
     asked = pair.replicas[0].asked
@@ -267,7 +284,7 @@ async def test_a_slow_answer_is_hedged_and_the_first_one_counts(pair: Rig) -> No
     pair.replicas[0].hangs = True
     assert await pair.sign() == b"two"
     assert pair.cluster.servers[1].replica.hedges == 1
-    assert [answer.cancelled() for answer in pair.replicas[0].held] == [True]
+    assert [answer.answered is None for answer in pair.replicas[0].held] == [True]
 
 
 async def test_no_hedge_without_budget_but_silence_moves_the_requests(tmp_path: Path) -> None:
@@ -290,7 +307,7 @@ async def test_a_silent_replica_that_answers_a_probe_keeps_its_requests(tmp_path
             await asyncio.sleep(0)
         while rig.cluster.balancer.replicas[0].state is State.SUSPECT:
             await asyncio.sleep(0)
-    rig.replicas[0].held[0].set_result(b"late")
+    rig.replicas[0].held[0].settle(b"late")
     assert await request == b"late"
     await rig.cluster.close()
 
@@ -371,7 +388,7 @@ async def test_a_client_that_leaves_frees_everything(pair: Rig) -> None:
     with pytest.raises(asyncio.CancelledError):
         await request
     assert pair.cluster.servers[0].replica.outstanding == 0
-    assert pair.replicas[0].held[0].cancelled()
+    assert pair.replicas[0].held[0].answered is None
 
 
 async def test_one_alone_fails_as_it_says_and_is_asked_again_next_time(alone: Rig) -> None:

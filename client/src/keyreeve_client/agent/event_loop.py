@@ -1,0 +1,22 @@
+"""Which event loop the agent runs on: uvloop where it is installed, else Python's own; nothing else depends on which (docs/adr/0032)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """asyncio.run on the faster loop."""
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
+
+
+def loop_name() -> str:
+    """For the log: the package of the loop that runs, "uvloop" or "asyncio"."""
+    return type(asyncio.get_running_loop()).__module__.partition(".")[0]
