@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable
+import struct
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -26,6 +27,7 @@ from keyreeve_common.errors import (
     DeadlineExceeded,
     Internal,
     KeyreeveError,
+    MalformedFrame,
     MessageTooLarge,
     Overloaded,
     Unavailable,
@@ -33,8 +35,20 @@ from keyreeve_common.errors import (
 from keyreeve_common.grpc_edge import error_from_proto, error_from_rpc, error_from_trailers
 from keyreeve_common.purposes import MAX_MESSAGE_BYTES, Purpose
 from keyreeve_common.schemes import SignatureScheme
+from keyreeve_common.sign_batch import (
+    PACKED_METADATA,
+    Signed,
+    SignItem,
+    SignResult,
+    new_item,
+    open_results,
+    pack_items,
+    read_key_id,
+    with_count,
+)
 from keyreeve_common.sign_socket import MAX_SIGNATURE_BYTES
 from keyreeve_common.telemetry import log_exception
+from keyreeve_common.trace import checked_trace
 from keyreeve_common.v1 import keyserver_pb2, keyserver_pb2_grpc
 from keyreeve_common.verification import verify_signature
 
@@ -149,23 +163,41 @@ class Pending:
                 log_exception("sign_callback_failed")
 
 
-def build_batch(pending: Iterable[Pending], now: float) -> keyserver_pb2.SignBatch:
-    """The message that carries these requests, each with the time that is left of its deadline."""
+def build_batch(pending: Sequence[Pending], now: float, *, packed: bool) -> keyserver_pb2.SignBatch:
+    """The message that carries these requests, each with the time that is left of its deadline. `packed`: the key server reads that."""
+    if packed:
+        # What has no packed form is for the server to refuse, alone: a packed batch stands or falls as a whole.
+        with contextlib.suppress(KeyreeveError, struct.error, UnicodeEncodeError):
+            return keyserver_pb2.SignBatch(
+                packed=with_count(len(pending), pack_items([_packed_item(each, now) for each in pending]))
+            )
     batch = keyserver_pb2.SignBatch()
     add = batch.items.add
     for each in pending:
-        left_s = each.ends_at - now
-        left_ms = int((left_s - min(_EDGE_MARGIN_S, left_s / 2)) * 1000)
         add(
             id=each.item_id,
             key_id=each.key_id,
             scheme=each.scheme,
             purpose=cast("Any", each.purpose),
             message=each.message,
-            deadline_ms=max(1, min(left_ms, _MAX_DEADLINE_MS)),
+            deadline_ms=_left_ms(each, now),
             trace=each.trace,
         )
     return batch
+
+
+def _packed_item(pending: Pending, now: float) -> SignItem:
+    """Raises: InvalidRequest, MalformedFrame, UnicodeEncodeError for what no packed item may be."""
+    key_id, trace = read_key_id(pending.key_id.encode("ascii")), checked_trace(pending.trace)
+    return new_item(
+        (pending.item_id, key_id, pending.scheme, pending.purpose, _left_ms(pending, now), pending.message, trace)
+    )
+
+
+def _left_ms(pending: Pending, now: float) -> int:
+    left_s = pending.ends_at - now
+    left_ms = int((left_s - min(_EDGE_MARGIN_S, left_s / 2)) * 1000)
+    return max(1, min(left_ms, _MAX_DEADLINE_MS))
 
 
 @dataclass(slots=True, eq=False)
@@ -186,6 +218,7 @@ class _Stream:
     outstanding: dict[int, Pending] = field(default_factory=dict)
     batches: set[_Batch] = field(default_factory=set)
     reader: asyncio.Task[None] | None = None
+    packed: bool | None = None  # whether the server reads packed batches; nobody knows before its first answer
 
     def take_off(self, item_id: int) -> Pending | None:
         """None when nobody waits for it any more."""
@@ -401,7 +434,7 @@ class SignStreamClient:
         self.batches_sent += 1
         self.items_sent += len(taken)
         try:
-            await stream.call.write(build_batch(taken, now))
+            await stream.call.write(build_batch(taken, now, packed=stream.packed is True))
         except (grpc.RpcError, asyncio.InvalidStateError):
             # The reader learns the cause and fails what is outstanding; until it has, no new stream must take its place unseen.
             if stream.reader is not None:
@@ -420,11 +453,18 @@ class SignStreamClient:
                 if answer is grpc.aio.EOF:
                     error = await _end_of(stream.call)
                     return
+                if stream.packed is None:
+                    stream.packed = await _reads_packed(stream.call)
+                for result in open_results(answer.packed) if answer.packed else ():
+                    _deliver_packed(stream, result)
                 for result in answer.results:
                     _deliver(stream, result)
                 self._wake.set()
         except grpc.RpcError as failure:
             error = _stream_error(failure)
+        except MalformedFrame as failure:
+            stream.call.cancel()
+            error = StreamLost(f"key server answered what is no packed batch: {failure.detail}; that server is faulty")
         except asyncio.CancelledError:
             stream.call.cancel()  # only here: cancelling a call also cancels the task that writes to it
             raise
@@ -463,6 +503,17 @@ def _deliver(stream: _Stream, result: keyserver_pb2.SignResult) -> None:
         pending.settle(error_from_proto(result.error))
     else:  # no frame of the sign socket could carry it on
         pending.settle(Internal(f"key server gave {len(signature)} bytes for a signature: that server is faulty"))
+
+
+def _deliver_packed(stream: _Stream, result: SignResult) -> None:
+    pending = stream.take_off(result.id)
+    if pending is not None:
+        pending.settle(result.signature if isinstance(result, Signed) else result.error)
+
+
+async def _reads_packed(call: Any) -> bool:
+    """As the server said when the stream began; what it said is there, since it has answered."""
+    return any(name == PACKED_METADATA for name, _ in await call.initial_metadata() or ())
 
 
 async def _end_writing(call: Any) -> None:

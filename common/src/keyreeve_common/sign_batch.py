@@ -154,6 +154,12 @@ def open_items(packed: bytes) -> PackedItems:
     return scan_items(data, count)
 
 
+def open_results(packed: bytes) -> tuple[SignResult, ...]:
+    """A packed batch of results. Raises: MalformedFrame."""
+    count, data = split_count(packed)
+    return read_results(data, count)
+
+
 def pack_items(items: Iterable[SignItem]) -> bytes:
     """Their encodings, one behind the other."""
     parts: list[bytes] = []

@@ -79,6 +79,54 @@ async def test_many_callers_get_their_own_signature(signing: Any) -> None:
     assert all(len(batch) <= MAX_BATCH_ITEMS for batch in signing.service.batches)
 
 
+async def test_batches_are_packed_once_the_server_said_that_it_reads_them(signing: Any) -> None:
+    signing.service.gate.set()
+    signing.service.packed = True
+    async with stream_client(signing) as client:
+        await call(client, b"first")
+        assert signing.service.packed_batches == 0  # nobody waits for what the server says of itself
+        signatures = await asyncio.gather(*start(client, 200))
+        assert signing.service.packed_batches > 0
+        for number, signature in enumerate(signatures):
+            verify_signature(signing.public_key, SCHEME, b"message %d" % number, signature=signature)
+        with pytest.raises(KeyNotFound):
+            await call(client, b"message", key_id="key-2")
+    assert [len(batch) for batch in signing.service.batches] == [1]
+
+
+async def test_a_server_of_the_release_before_is_sent_no_packed_batch(signing: Any) -> None:
+    signing.service.gate.set()
+    async with stream_client(signing) as client:
+        await call(client, b"first")
+        await asyncio.gather(*start(client, 100))
+    assert signing.service.packed_batches == 0
+
+
+async def test_a_request_that_has_no_packed_form_is_refused_alone(signing: Any) -> None:
+    signing.service.gate.set()
+    signing.service.packed = True
+    async with stream_client(signing) as client:
+        await call(client, b"first")
+        tasks = [*start(client, 3), asyncio.create_task(call(client, b"message", key_id="No Key"))]
+        *signatures, refused = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(signature, bytes) for signature in signatures)
+    assert isinstance(refused, KeyNotFound)
+    assert signing.service.packed_batches == 0
+
+
+async def test_an_answer_that_is_no_packed_batch_loses_the_stream_and_the_next_request_opens_another(
+    signing: Any,
+) -> None:
+    signing.service.gate.set()
+    signing.service.packed = signing.service.garbled = True
+    async with stream_client(signing) as client:
+        await call(client, b"first")
+        with pytest.raises(StreamLost, match="faulty"):
+            await call(client, b"second")
+        await call(client, b"third")
+    assert signing.service.streams == 2
+
+
 @pytest.mark.parametrize("signature", [b"", b"s" * 1025, b"s" * 70_000], ids=len)
 async def test_a_signature_that_no_frame_carries_is_a_fault_of_that_server(signature: bytes) -> None:
     error = await _delivered(keyserver_pb2.SignResult(id=1, signature=signature))
