@@ -1,8 +1,8 @@
-"""The signer's PKCS#11 workers beside bare python-pkcs11 processes on one SoftHSM token: `python bench/pkcs11_pool.py [--rounds 5] [--seconds 1]`.
+"""The signer's PKCS#11 workers beside bare python-pkcs11 processes on one SoftHSM token: `python bench/pkcs11_pool.py [--rounds 5]`.
 
-Three sides sign with the same key and mechanism in turn, `workers` processes each, round after round: bare processes in a tight loop, the backend
-alone (`Pkcs11Backend.sign` in this process), and a whole signer with judging and audit log. Figures are of all rounds together; JSON goes to stdout.
-Throughput is of the wall clock, in which the callers of a side share the processors with it; `cpu_us` counts the side's processes alone.
+Three sides sign with the same kind of key and mechanism in turn, `workers` processes each, round after round: bare processes in a tight loop, the
+backend alone (`Pkcs11Backend.sign` in this process), and a whole signer with judging and audit log. Figures are of all rounds together; JSON goes
+to stdout. `per_s` is by the wall clock, where the caller of a side shares the processors with it; `cpu_us` counts the side's processes alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 import pkcs11
 from keyreeve_common.key_id import KeyId
-from keyreeve_common.pkcs11_uri import Pkcs11Uri
+from keyreeve_common.pkcs11_uri import parse_pkcs11_uri
 from keyreeve_common.purposes import KeyRole, Purpose, build_tls13_content
 from keyreeve_common.schemes import KeyType, SignatureScheme
 from keyreeve_keyserver import frames
@@ -87,13 +87,13 @@ def cpu_seconds(pids: Iterable[int]) -> float:
     return total * _TICK_S
 
 
-def bare_process(conf: str, module: str, label: str, pin: str, ref: str, scheme: int, link: Connection) -> None:
+def bare_process(token: SoftHsmToken, ref: str, scheme: int, link: Connection) -> None:
     """One session; for each number of seconds that comes it signs as long in a tight loop and tells how often. Ends with its link."""
-    os.environ["SOFTHSM2_CONF"] = conf
+    os.environ["SOFTHSM2_CONF"] = str(token.conf)
     how = mechanisms.SIGN_MECHANISMS[SignatureScheme(scheme)]
     data = hashlib.new(how.prehash, MESSAGE).digest() if how.prehash else MESSAGE
-    session = pkcs11.lib(module).get_token(token_label=label).open(rw=True, user_pin=pin)
-    key = session.get_key(object_class=pkcs11.ObjectClass.PRIVATE_KEY, id=ref.encode("ascii"))
+    session = pkcs11.lib(str(token.module)).get_token(token_label=token.label).open(rw=True, user_pin=token.pin)
+    key: Any = session.get_key(object_class=pkcs11.ObjectClass.PRIVATE_KEY, id=ref.encode("ascii"))
     key.sign(data, mechanism=how.mechanism, mechanism_param=how.parameter)
     link.send(0)
     while seconds := link.recv():
@@ -110,8 +110,7 @@ def bare_side(token: SoftHsmToken, ref: str, scheme: SignatureScheme, workers: i
     processes, links = [], []
     for _ in range(workers):  # one after the other: SoftHSM rewrites the token at each log-in
         ours, theirs = context.Pipe()
-        opens = (str(token.conf), str(token.module), token.label, token.pin, ref, int(scheme), theirs)
-        process = context.Process(target=bare_process, args=opens, daemon=True)
+        process = context.Process(target=bare_process, args=(token, ref, int(scheme), theirs), daemon=True)
         process.start()
         ours.recv()
         processes.append(process)
@@ -222,7 +221,9 @@ def measure(kind: str = "p256", *, workers: int = 2, rounds: int = 5, seconds: f
     loop = asyncio.new_event_loop()
     with tempfile.TemporaryDirectory(prefix="keyreeve-bench-") as name:
         token = make_softhsm_token(Path(name) / "softhsm")
-        uri = Pkcs11Uri(token=token.label, module_path=token.module, pin_source=token.pin_file)
+        uri = parse_pkcs11_uri(
+            f"pkcs11:token={token.label}?module-path={token.module}&pin-source=file:{token.pin_file}"
+        )
         backend = Pkcs11Backend("hsm", Pkcs11Settings(uri, workers=workers, softhsm_conf=token.conf))
         try:
             loop.run_until_complete(backend.start())
@@ -270,9 +271,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)
     arguments = parser.parse_args()
-    found = measure(
-        arguments.kind, workers=arguments.workers, rounds=arguments.rounds, seconds=arguments.seconds
-    )
+    found = measure(arguments.kind, workers=arguments.workers, rounds=arguments.rounds, seconds=arguments.seconds)
     sys.stdout.write(json.dumps(found) + "\n")
 
 

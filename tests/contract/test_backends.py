@@ -39,7 +39,7 @@ from keyreeve_common.verification import rsa_padding
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend, BackendState, CreatedKey, SignRequest
 from keyreeve_keyserver.backends.software import SoftwareBackend
-from keyreeve_keyserver.backends.worker_pool import PoolPolicy
+from keyreeve_keyserver.backends.worker_place import PoolPolicy
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_testing.openbao import PREFIX, TRANSIT_POLICY, OpenBao, transit_config, vault_backend
 from keyreeve_testing.softhsm import SoftHsmToken, make_softhsm_token, softhsm_is_installed

@@ -69,7 +69,8 @@ class Token:
         self._settings = settings
         self._pin = pin
         self._keys: dict[str, Any] = {}
-        self._refused: set[tuple[SignatureScheme, mechanisms.SignMechanism]] = set()
+        self._ways: dict[tuple[SignatureScheme, bool], mechanisms.Way] = {}
+        self._refused: set[mechanisms.Way] = set()
         self._pin_refusal: TokenPinIncorrect | None = None
         self._token = self._find_token()
         self._label = str(self._token.label)
@@ -157,27 +158,30 @@ class Token:
         for found in self._objects({Attribute.ID: ref.encode("ascii")}):
             self._guarded("destroying the key", found.destroy)
 
-    def sign(self, item: TokenSignItem, *, received: float) -> bytes:
+    def sign(self, item: TokenSignItem) -> bytes:
         """Raises: DeadlineExceeded, KeyNotFound, PurposeMismatch, SchemeNotSupported, TokenUnavailable."""
-        if time.monotonic() >= received + item.deadline_ms / 1000:
+        if time.monotonic() * 1_000_000 >= item.deadline_us:
             raise DeadlineExceeded("deadline passed before the token was reached")
-        prehashed, scheme = item.prehashed, item.scheme
-        ways = (mechanisms.digest_mechanism(scheme),) if prehashed else mechanisms.ways_to_sign(scheme)
-        for how in ways:
-            if how.mechanism not in self._mechanisms or (scheme, how) in self._refused:
-                continue
-            data = (
-                mechanisms.digest_input(scheme, item.message)
-                if prehashed
-                else mechanisms.message_input(scheme, how, item.message)
-            )
+        form = item.scheme, item.prehashed
+        while True:
+            how = self._ways.get(form) or self._way(*form)
+            data = how.input_of(item.message)
             try:
-                return mechanisms.signature_der(scheme, bytes(self._signed(item, how, data)))
-            except SchemeNotSupported:
-                self._refused.add((scheme, how))  # listed, and refused when tried: the next way, from now on
+                return how.signature_of(self._signed(item, how, data))
+            except SchemeNotSupported:  # listed, and refused when tried: the next way, from now on
+                self._refused.add(how)
+                self._ways.pop(form, None)
+
+    def _way(self, scheme: SignatureScheme, prehashed: bool) -> mechanisms.Way:
+        """The best way that the token has, as far as it is known. Raises: SchemeNotSupported."""
+        ways = [way for way in mechanisms.ways(scheme, prehashed=prehashed) if way.mechanism in self._mechanisms]
+        for way in ways:
+            if way not in self._refused:
+                self._ways[scheme, prehashed] = way
+                return way
         raise SchemeNotSupported(f"the token has no mechanism for {scheme.iana_name}")
 
-    def _signed(self, item: TokenSignItem, how: mechanisms.SignMechanism, data: bytes) -> bytes:
+    def _signed(self, item: TokenSignItem, how: mechanisms.Way, data: bytes) -> bytes:
         signed: bytes = self._retried(
             "signing",
             lambda: self._private_key(item.ref, item.wrapped).sign(

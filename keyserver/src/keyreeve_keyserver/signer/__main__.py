@@ -32,7 +32,7 @@ from keyreeve_keyserver.backends.ports import Backend
 from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.backends.vault_backend import VaultBackend
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
-from keyreeve_keyserver.backends.worker_pool import PoolPolicy
+from keyreeve_keyserver.backends.worker_place import PoolPolicy
 from keyreeve_keyserver.domain.breaker import BreakerPolicy
 from keyreeve_keyserver.domain.keys import Custody
 from keyreeve_keyserver.hardening.lockdown import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 from keyreeve_common.errors import TokenPinIncorrect, TokenUnavailable
 from keyreeve_common.schemes import SignatureScheme
 from keyreeve_keyserver.backends import worker_frames as frames
-from keyreeve_keyserver.backends.worker_pool import PoolPolicy, WorkerPool
+from keyreeve_keyserver.backends.worker_place import PoolPolicy
+from keyreeve_keyserver.backends.worker_pool import WorkerPool
 from keyreeve_keyserver.backends.worker_process import WorkerProcess
 
 SECOND = timedelta(seconds=1)
-SIGN = frames.TokenSign((frames.TokenSignItem("k", SignatureScheme.ED25519, 1000, b"m"),))
+SIGN = frames.TokenSign((frames.TokenSignItem("k", SignatureScheme.ED25519, 2**63, b"m"),))
 
 
 class PlayedWorker:
@@ -25,8 +27,20 @@ class PlayedWorker:
 
     def __init__(self, asked: list[frames.Question]) -> None:
         self._asked = asked
+        self._answers: list[frames.Answer] = []
+        self.ring: Callable[[], None] = lambda: None
 
     async def ask(self, question: frames.Question, *, within: timedelta) -> frames.Answer:
+        return self.answer(question)
+
+    def send(self, question: frames.Question) -> None:
+        self._answers.append(self.answer(question))
+        self.ring()
+
+    def take_answer(self) -> frames.Answer | None:
+        return self._answers.pop(0) if self._answers else None
+
+    def answer(self, question: frames.Question) -> frames.Answer:
         self._asked.append(question)
         if isinstance(question, frames.Open):
             return frames.Done({})
