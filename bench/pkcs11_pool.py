@@ -1,8 +1,9 @@
 """The signer's PKCS#11 workers beside bare python-pkcs11 processes on one SoftHSM token: `python bench/pkcs11_pool.py [--rounds 5]`.
 
-Three sides sign with the same kind of key and mechanism in turn, `workers` processes each, round after round: bare processes in a tight loop, the
-backend alone (`Pkcs11Backend.sign` in this process), and a whole signer with judging and audit log. Figures are of all rounds together; JSON goes
-to stdout. `per_s` is by the wall clock, where the caller of a side shares the processors with it; `cpu_us` counts the side's processes alone.
+Three sides sign with the same kind of key and mechanism in turn, `workers` processes each, round after round: bare processes in a tight
+loop, the backend alone (`Pkcs11Backend.sign` in this process), and a whole signer with judging and audit log. Figures are of all rounds
+together; JSON goes to stdout. `per_s` is by the wall clock, where the caller of a side shares the processors with it; `cpu_us` counts the
+side's processes alone.
 """
 
 from __future__ import annotations
