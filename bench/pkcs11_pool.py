@@ -34,7 +34,7 @@ from keyreeve_common.schemes import KeyType, SignatureScheme
 from keyreeve_keyserver import frames
 from keyreeve_keyserver.backends import pkcs11_mechanisms as mechanisms
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
-from keyreeve_keyserver.backends.ports import SignRequest
+from keyreeve_keyserver.backends.ports import Backend, SignRequest
 from keyreeve_keyserver.domain.keys import KeyRecord
 from keyreeve_testing.processes import descendants_of
 from keyreeve_testing.signer import SignerClient, running_signer, write_signer_config
@@ -129,7 +129,7 @@ def bare_side(token: SoftHsmToken, ref: str, scheme: SignatureScheme, workers: i
         process.join()
 
 
-async def made_key(backend: Pkcs11Backend, key_type: KeyType) -> KeyRecord:
+async def made_key(backend: Backend, key_type: KeyType) -> KeyRecord:
     created = await backend.create(KeyId("bench"), key_type)
     record = KeyRecord(
         key_id=KeyId("bench"),
@@ -237,7 +237,7 @@ def measure(kind: str = "p256", *, workers: int = 2, rounds: int = 5, seconds: f
                     lambda s: loop.run_until_complete(backend_rounds(backend, record, scheme, s)),
                     lambda: [os.getpid(), *backend.worker_pids],
                 )
-                tallies = _in_turn({"bare": bare, "backend": alone, "signer": signer}, rounds, seconds)
+                tallies = in_turn({"bare": bare, "backend": alone, "signer": signer}, rounds, seconds)
         finally:
             loop.run_until_complete(backend.close())
             loop.close()
@@ -253,7 +253,7 @@ def measure(kind: str = "p256", *, workers: int = 2, rounds: int = 5, seconds: f
     return {"kind": kind, "workers": workers, **figures, "ratios": ratios}
 
 
-def _in_turn(sides: dict[str, Side], rounds: int, seconds: float) -> dict[str, Tally]:
+def in_turn(sides: dict[str, Side], rounds: int, seconds: float) -> dict[str, Tally]:
     tallies = {name: Tally() for name in sides}
     for side in sides.values():
         side.run(min(seconds, 0.3))  # what is done once is not measured

@@ -50,9 +50,9 @@ from keyreeve_keyserver.domain.wrapped_key import MAX_BLOB_BYTES
 WORKER_STEP = "backend.token"  # the span of a worker's call into its token or service
 # Requests of one lane go to one worker in one question; all of a lane are of one key family.
 _LANES = {
-    KeyFamily.EC_P256: Lane(KeyFamily.EC_P256, most=16),
-    KeyFamily.EC_P384: Lane(KeyFamily.EC_P384, most=16),
-    KeyFamily.ED25519: Lane(KeyFamily.ED25519, most=16),
+    KeyFamily.EC_P256: Lane(KeyFamily.EC_P256, most=32),
+    KeyFamily.EC_P384: Lane(KeyFamily.EC_P384, most=32),
+    KeyFamily.ED25519: Lane(KeyFamily.ED25519, most=32),
     KeyFamily.RSA: Lane(KeyFamily.RSA, most=8),
 }
 _REF_BYTES = 16
