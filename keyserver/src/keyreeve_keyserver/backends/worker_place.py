@@ -45,8 +45,13 @@ class Place:
     pings: bool = False
 
     @property
+    def is_free(self) -> bool:
+        return not self.line and not self.pings
+
+    @property
     def is_idle(self) -> bool:
-        return not self.line and not self.pings and not self.rung.is_set()
+        """Free, and not about to take what waits."""
+        return self.is_free and not self.rung.is_set()
 
     @property
     def has_room(self) -> bool:

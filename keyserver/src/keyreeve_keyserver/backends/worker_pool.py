@@ -294,6 +294,8 @@ class WorkerPool:
         while True:
             if place.errands:
                 jobs = [place.errands.popleft()]
+            elif place.line and any(self._places[index].is_free for index in self._processes):
+                return []  # another can begin it at once
             else:
                 jobs = self._queue.take(workers=len(self._processes), behind_another=bool(place.line))
             waiting = [job for job in jobs if not job.answer.done()]
