@@ -23,7 +23,7 @@ from keyreeve_common.verification import verify_signature
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend, BackendState, SignOutcome, SignRequest
 from keyreeve_keyserver.backends.software import SoftwareBackend
-from keyreeve_keyserver.backends.worker_pool import PoolPolicy
+from keyreeve_keyserver.backends.worker_place import PoolPolicy
 from keyreeve_keyserver.domain.breaker import BreakerPolicy
 from keyreeve_keyserver.domain.keys import KeyRecord
 from keyreeve_testing.faulty_module import FaultyModule, make_faulty_module

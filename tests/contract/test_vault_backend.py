@@ -31,7 +31,7 @@ from keyreeve_common.vault.config import VaultLogin
 from keyreeve_common.verification import verify_signature
 from keyreeve_keyserver.backends.ports import BackendState, SignatureMismatch, SignOutcome, SignRequest
 from keyreeve_keyserver.backends.vault_backend import VaultBackend
-from keyreeve_keyserver.backends.worker_pool import PoolPolicy
+from keyreeve_keyserver.backends.worker_place import PoolPolicy
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.signer.sealing import Sealer, TokenKey

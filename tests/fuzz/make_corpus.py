@@ -32,7 +32,7 @@ _SIGN_FRAME = SignFrame(1, 3000, 0x0403, 1, KeyId("key-1"), build_tls13_content(
 _ITEM = frames.SignItem(1, KeyId("key-1"), 0x0403, 1, 2000, build_tls13_content(Purpose.TLS13_SERVER_VERIFY, bytes(32)))
 _TRACED = _ITEM._replace(trace=b"\x01" * 24 + b"\x00")
 _URI = x509.UniformResourceIdentifier(tbs.URI)
-_SIGN = worker.TokenSignItem("key-1", SignatureScheme.ECDSA_SECP256R1_SHA256, 2000, b"message")
+_SIGN = worker.TokenSignItem("key-1", SignatureScheme.ECDSA_SECP256R1_SHA256, 2_000_000, b"message")
 _OCSP = statements.Ocsp()
 _CRL = statements.Crl()
 _REASON = (x509.CRLReason(x509.ReasonFlags.superseded), False)

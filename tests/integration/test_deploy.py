@@ -18,7 +18,8 @@ from keyreeve_keyserver.signer.config import SignerConfig
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG, UNITS, NGINX = ROOT / "deploy/config", ROOT / "deploy/systemd", ROOT / "deploy/nginx"
 # The most that `systemd-analyze security` may find wrong with each, 0 (nothing) to 10.
-EXPOSURE = {"keyreeve-signer": 0.6, "keyreeve-keyserver": 1.5, "keyreeve-ca": 1.5, "keyreeve-agent": 3.0}
+PLAIN = {"keyreeve-signer": 0.6, "keyreeve-keyserver": 1.5, "keyreeve-ca": 1.5, "keyreeve-agent": 3.0}
+EXPOSURE = {**PLAIN, **{f"{name}@": PLAIN[name] for name in ("keyreeve-signer", "keyreeve-keyserver")}}
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 
 
@@ -60,9 +61,22 @@ def test_the_signer_has_no_network_and_a_user_of_its_own() -> None:
     unit = _unit("keyreeve-signer")
     assert unit["PrivateNetwork"] == ["yes"]
     assert unit["RestrictAddressFamilies"] == ["AF_UNIX"]
-    users = [_unit(name)["User"][0] for name in EXPOSURE]
+    users = [_unit(name)["User"][0] for name in PLAIN]
     assert len(set(users)) == len(users)
     assert all(_unit(name)["LimitCORE"] == ["0"] for name in EXPOSURE)
+
+
+def test_units_of_pairs_differ_from_the_plain_ones_in_their_names_alone() -> None:
+    """Above all their hardening is the same."""
+    own = {"Description", "Before", "After", "Requires", "Conflicts", "Environment", "ExecStart", "RuntimeDirectory"}
+    for name in ("keyreeve-signer", "keyreeve-keyserver"):
+        plain, of_pair = _unit(name), _unit(f"{name}@")
+        differ = {key for key in plain.keys() | of_pair.keys() if plain.get(key) != of_pair.get(key)}
+        assert differ <= {*own, "RuntimeDirectoryPreserve"}
+    socket = "/run/keyreeve-signer-%i/signer.sock"
+    assert socket in _unit("keyreeve-signer@")["ExecStart"][0]
+    assert socket in _unit("keyreeve-keyserver@")["ExecStart"][0]
+    assert "--pair %i/${PAIRS}" in _unit("keyreeve-keyserver@")["ExecStart"][0]
 
 
 def test_the_signer_may_lock_itself_down() -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from keyreeve_common.errors import ConfigInvalid, KeyreeveError
 from keyreeve_common.telemetry import configure_logging, log_error
 
 from keyreeve_keyserver.config import load_keyserver_config
-from keyreeve_keyserver.supervisor import EX_CONFIG, Supervisor
+from keyreeve_keyserver.domain.pair import parse_pair
+from keyreeve_keyserver.pair_keeper import EX_CONFIG
+from keyreeve_keyserver.supervisor import Supervisor
 
 
 def main() -> int:
@@ -20,6 +23,8 @@ def main() -> int:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--check-config", action="store_true", help="read the configuration and exit")
     how.add_argument("--frontend-only", action="store_true", help="serve without a supervisor, through signer_socket")
+    parser.add_argument("--pair", default="1/1", help="with --frontend-only: NUMBER/COUNT of the units on this host")
+    parser.add_argument("--signer-socket", type=Path, help="with --frontend-only: in the place of signer_socket")
     arguments = parser.parse_args()
     configure_logging("keyreeve-keyserver")
     try:
@@ -39,7 +44,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.frontend_only:
         from keyreeve_keyserver.frontend.__main__ import run_front_end  # noqa: PLC0415 - the supervisor needs no gRPC
 
-        return run_front_end(config)
+        if arguments.signer_socket is not None:
+            config = replace(config, signer_socket=arguments.signer_socket)
+        return run_front_end(config, parse_pair(arguments.pair))
     return asyncio.run(_supervise(config_path=path))
 
 

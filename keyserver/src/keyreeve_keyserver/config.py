@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from keyreeve_common.telemetry_config import TelemetryConfig
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from keyreeve_keyserver.domain.pair import MAX_PAIRS, Pair
 from keyreeve_keyserver.domain.rates import MAX_BURST, MAX_PER_SECOND
 
 MAX_SOCKET_PATH_BYTES = 107
@@ -147,6 +148,7 @@ class QuarantineConfig:
 class SupervisorConfig:
     """Restarts: the first at once, later ones after a back-off that doubles; `max_restarts` within `window` ends the supervisor.
 
+    `pairs`: how many front ends, each with a signer of its own, share `listen` (ADR 0031).
     `signer_user`, `front_end_user`, `worker_user` (launcher and workers): who runs them, where root starts the supervisor; empty: its own user.
     """
 
@@ -157,8 +159,11 @@ class SupervisorConfig:
     signer_user: str = ""
     front_end_user: str = ""
     worker_user: str = ""
+    pairs: int = 1
 
     def __post_init__(self) -> None:
+        if not 1 <= self.pairs <= MAX_PAIRS:
+            raise ConfigInvalid(f"pairs: allowed are 1 to {MAX_PAIRS}")
         if not 0 <= self.max_restarts <= 1000:
             raise ConfigInvalid("max_restarts: allowed are 0 to 1000")
 
@@ -206,6 +211,15 @@ class KeyServerConfig:
         for spiffe_id in (*self.key_admins, *([self.spiffe_id] if self.spiffe_id else [])):
             if not spiffe_id.member_of(self.trust_domain) or spiffe_id.is_trust_domain_id:
                 raise ConfigInvalid(f"{spiffe_id} is not a SPIFFE ID with a path in trust domain {self.trust_domain}")
+
+    def of_pair(self, pair: Pair) -> KeyServerConfig:
+        """What the front end of this pair goes by. State and catalog are those of all pairs of the host. Raises: ConfigInvalid."""
+        metrics = pair.address(self.telemetry.metrics_listen) if self.telemetry.metrics_listen else ""
+        return replace(
+            self,
+            admin_socket=pair.path(self.admin_socket),
+            telemetry=replace(self.telemetry, metrics_listen=metrics),
+        )
 
     @property
     def key_admins(self) -> tuple[SpiffeId, ...]:

@@ -28,6 +28,7 @@ from keyreeve_keyserver.audit.config import AuditConfig, FsyncPolicy
 from keyreeve_keyserver.audit.log_files import LogFiles, Opened, lock_directory
 from keyreeve_keyserver.audit.ports import AuditStatus
 from keyreeve_keyserver.audit.publication import Snapshot
+from keyreeve_keyserver.domain.pair import ALONE, Pair
 
 RETRY_AFTER = timedelta(seconds=1)
 MAX_WAITING_BYTES = 64 * 1024 * 1024  # records that no checkpoint covers, in memory
@@ -42,8 +43,11 @@ class FileAuditLog:
 
     enabled = True
 
-    def __init__(self, config: AuditConfig, kek: KeyEncryption, *, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self, config: AuditConfig, kek: KeyEncryption, *, now: Callable[[], datetime], pair: Pair = ALONE
+    ) -> None:
         self._config = config
+        self._pair = pair
         self._kek = kek
         self._now = now
         self._files: LogFiles | None = None
@@ -124,7 +128,7 @@ class FileAuditLog:
         directory = self._config.directory
         if self._lock is None:
             self._lock = lock_directory(directory)
-        origin = self._config.origin or recorded_origin(directory) or _default_origin()
+        origin = self._config.origin or recorded_origin(directory) or self._pair.name(_default_origin())
         key = await load_checkpoint_key(directory, check_name(origin), self._kek)
         files = LogFiles(directory, key, sync_always=self._config.fsync is FsyncPolicy.ALWAYS)
         opened = await self._in(self._writer, files.open)

@@ -10,7 +10,7 @@ from keyreeve_common.pkcs11_uri import Pkcs11Uri
 from keyreeve_keyserver.backends.launch import WorkerSpec
 from keyreeve_keyserver.backends.softhsm import softhsm_store
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
-from keyreeve_keyserver.backends.worker_pool import PoolPolicy
+from keyreeve_keyserver.backends.worker_place import PoolPolicy
 from keyreeve_keyserver.domain.keys import Custody
 from keyreeve_keyserver.frames import JsonObject
 from keyreeve_keyserver.hardening.lockdown import Reach

@@ -6,12 +6,13 @@ Spec: PKCS#11 2.40 mechanisms 2.1 and 2.3; PKCS#11 3.0 mechanisms 2.3 (EdDSA); R
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pkcs11
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keyreeve_common.errors import Internal, KeyTypeNotSupported, PurposeMismatch, SchemeNotSupported
 from keyreeve_common.schemes import HASHES, KeyFamily, KeyType, Padding, SignatureScheme
@@ -136,11 +137,6 @@ def key_types_offered(mechanisms: set[Mechanism]) -> tuple[KeyType, ...]:
     )
 
 
-def message_input(scheme: SignatureScheme, how: SignMechanism, message: bytes) -> bytes:
-    """What this way of signing takes: the message, or its digest (with the DigestInfo of PKCS #1) where the token does not hash."""
-    return digest_input(scheme, hashlib.new(how.prehash, message).digest()) if how.prehash else message
-
-
 def digest_mechanism(scheme: SignatureScheme) -> SignMechanism:
     """How a token signs a digest by the scheme's hash. Raises: SchemeNotSupported for Ed25519, which has none. Spec: RFC 8017 9.2 note 1."""
     facts = scheme.facts
@@ -149,24 +145,68 @@ def digest_mechanism(scheme: SignatureScheme) -> SignMechanism:
     return SignMechanism(_DIGEST_MECHANISMS[facts.padding], SIGN_MECHANISMS[scheme].parameter)
 
 
-def digest_input(scheme: SignatureScheme, digest: bytes) -> bytes:
-    """What `digest_mechanism` takes. Raises: PurposeMismatch when the digest is not of the scheme's hash."""
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to make the signatures of a scheme, with all that does not change from one to the next.
+
+    The token is given `head`, then the message, or its digest where there is a `hashes`. A message that is a digest has `digest_bytes`. An ECDSA
+    result has two coordinates of `coordinate_bytes`.
+    """
+
+    mechanism: Mechanism
+    parameter: Any
+    head: bytes = b""
+    hashes: Callable[[bytes], Any] | None = None
+    digest_bytes: int = 0
+    coordinate_bytes: int = 0
+
+    def input_of(self, message: bytes) -> bytes:
+        """Raises: PurposeMismatch when a digest is not of the scheme's hash."""
+        if self.hashes is not None:
+            digest: bytes = self.hashes(message).digest()
+            return self.head + digest
+        if self.digest_bytes and len(message) != self.digest_bytes:
+            raise PurposeMismatch(f"digest has {len(message)} bytes, and the scheme's hash gives {self.digest_bytes}")
+        return self.head + message
+
+    def signature_of(self, raw: bytes) -> bytes:
+        """The signature as TLS and X.509 want it: ECDSA's raw r||s becomes DER. Raises: Internal. Spec: RFC 3279 2.2.3; X.690 8.3."""
+        half = self.coordinate_bytes
+        if not half:
+            return raw
+        if len(raw) != 2 * half:
+            raise Internal(f"token gave an ECDSA signature of {len(raw)} bytes, not {2 * half}")
+        body = _integer(raw[:half]) + _integer(raw[half:])
+        return bytes((_SEQUENCE, len(body))) + body  # at most 102 bytes: its length takes one byte
+
+
+@cache
+def ways(scheme: SignatureScheme, *, prehashed: bool) -> tuple[Way, ...]:
+    """How a token may sign a message, or a digest of one, the best way first. Raises: SchemeNotSupported, as `digest_mechanism`."""
     facts = scheme.facts
-    if len(digest) != HASHES[facts.hash_name].digest_size:
-        raise PurposeMismatch(f"digest has {len(digest)} bytes, which is not the length of {facts.hash_name}")
-    return _DIGEST_INFO[facts.hash_name] + digest if facts.padding is Padding.PKCS1_V15 else digest
+    coordinate_bytes = _COORDINATE_BYTES.get(facts.family, 0)
+    # Around a digest that the token does not make itself PKCS #1 v1.5 wants the name of the hash.
+    head = _DIGEST_INFO[facts.hash_name] if facts.padding is Padding.PKCS1_V15 else b""
+    if prehashed:
+        how, size = digest_mechanism(scheme), HASHES[facts.hash_name].digest_size
+        return (Way(how.mechanism, how.parameter, head, digest_bytes=size, coordinate_bytes=coordinate_bytes),)
+    return tuple(
+        Way(how.mechanism, how.parameter, head, getattr(hashlib, how.prehash), coordinate_bytes=coordinate_bytes)
+        if how.prehash
+        else Way(how.mechanism, how.parameter, coordinate_bytes=coordinate_bytes)
+        for how in ways_to_sign(scheme)
+    )
 
 
-def signature_der(scheme: SignatureScheme, raw: bytes) -> bytes:
-    """The signature as TLS and X.509 want it: ECDSA's raw r||s becomes DER. Raises: Internal."""
-    if scheme.facts.family not in _COORDINATE_BYTES:
-        return raw
-    half = _COORDINATE_BYTES[scheme.facts.family]
-    if len(raw) != 2 * half:
-        raise Internal(f"token gave an ECDSA signature of {len(raw)} bytes, not {2 * half}")
-    return encode_dss_signature(int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big"))
+def _integer(number: bytes) -> bytes:
+    """A DER INTEGER of a number that is not negative, given big endian."""
+    digits = number.lstrip(b"\x00")
+    if not digits or digits[0] & 0x80:
+        digits = b"\x00" + digits
+    return bytes((_INTEGER, len(digits))) + digits
 
 
+_SEQUENCE, _INTEGER = 0x30, 0x02
 _COORDINATE_BYTES = {KeyFamily.EC_P256: 32, KeyFamily.EC_P384: 48}
 _CURVES: dict[KeyFamily, ec.EllipticCurve] = {
     KeyFamily.EC_P256: ec.SECP256R1(),

@@ -32,6 +32,7 @@ from pkcs11 import Attribute, ObjectClass
 from pkcs11 import exceptions as p11
 
 from keyreeve_keyserver.backends import pkcs11_mechanisms as mechanisms
+from keyreeve_keyserver.backends.pkcs11_calls import Mechanism, SignCalls, mechanism_of
 from keyreeve_keyserver.backends.pkcs11_errors import SESSION_LOST, error_of
 from keyreeve_keyserver.backends.pkcs11_slots import find_token
 from keyreeve_keyserver.backends.pkcs11_wrapped import WrappedKeys
@@ -69,9 +70,11 @@ class Token:
         self._settings = settings
         self._pin = pin
         self._keys: dict[str, Any] = {}
-        self._refused: set[tuple[SignatureScheme, mechanisms.SignMechanism]] = set()
+        self._ways: dict[tuple[int, bool], tuple[mechanisms.Way, Mechanism | None]] = {}
+        self._refused: set[mechanisms.Way] = set()
         self._pin_refusal: TokenPinIncorrect | None = None
         self._token = self._find_token()
+        self._calls = _sign_calls(settings.module)
         self._label = str(self._token.label)
         self._session = self._log_in()
         self._mechanisms = set(self._guarded("reading the token's mechanisms", self._token.slot.get_mechanisms))
@@ -157,34 +160,39 @@ class Token:
         for found in self._objects({Attribute.ID: ref.encode("ascii")}):
             self._guarded("destroying the key", found.destroy)
 
-    def sign(self, item: TokenSignItem, *, received: float) -> bytes:
+    def sign(self, item: TokenSignItem) -> bytes:
         """Raises: DeadlineExceeded, KeyNotFound, PurposeMismatch, SchemeNotSupported, TokenUnavailable."""
-        if time.monotonic() >= received + item.deadline_ms / 1000:
+        if time.monotonic() * 1_000_000 >= item.deadline_us:
             raise DeadlineExceeded("deadline passed before the token was reached")
-        prehashed, scheme = item.prehashed, item.scheme
-        ways = (mechanisms.digest_mechanism(scheme),) if prehashed else mechanisms.ways_to_sign(scheme)
-        for how in ways:
-            if how.mechanism not in self._mechanisms or (scheme, how) in self._refused:
-                continue
-            data = (
-                mechanisms.digest_input(scheme, item.message)
-                if prehashed
-                else mechanisms.message_input(scheme, how, item.message)
-            )
+        form = int(item.scheme), item.prehashed
+        while True:
+            how, mechanism = self._ways.get(form) or self._way(item.scheme, prehashed=item.prehashed)
+            data = how.input_of(item.message)
             try:
-                return mechanisms.signature_der(scheme, bytes(self._signed(item, how, data)))
-            except SchemeNotSupported:
-                self._refused.add((scheme, how))  # listed, and refused when tried: the next way, from now on
+                signed = self._retried("signing", lambda: self._signed(item, how, mechanism, data))  # noqa: B023 - run at once
+            except SchemeNotSupported:  # listed, and refused when tried: the next way, from now on
+                self._refused.add(how)
+                self._ways.pop(form, None)
+            else:
+                return how.signature_of(signed)
+
+    def _way(self, scheme: SignatureScheme, *, prehashed: bool) -> tuple[mechanisms.Way, Mechanism | None]:
+        """The best way that the token has, as far as it is known. Raises: SchemeNotSupported."""
+        for way in mechanisms.ways(scheme, prehashed=prehashed):
+            if way.mechanism in self._mechanisms and way not in self._refused:
+                found = way, mechanism_of(int(way.mechanism), way.parameter)
+                self._ways[int(scheme), prehashed] = found
+                return found
         raise SchemeNotSupported(f"the token has no mechanism for {scheme.iana_name}")
 
-    def _signed(self, item: TokenSignItem, how: mechanisms.SignMechanism, data: bytes) -> bytes:
-        signed: bytes = self._retried(
-            "signing",
-            lambda: self._private_key(item.ref, item.wrapped).sign(
-                data, mechanism=how.mechanism, mechanism_param=how.parameter
-            ),
-        )
-        return signed
+    def _signed(self, item: TokenSignItem, how: mechanisms.Way, mechanism: Mechanism | None, data: bytes) -> bytes:
+        """By the short road, or, where that comes to nothing, by the one that says why."""
+        key = self._private_key(item.ref, item.wrapped)
+        if mechanism is not None and self._calls is not None:
+            signed = self._calls.sign(self._session.handle, mechanism, key.handle, data)
+            if signed is not None:
+                return signed
+        return bytes(key.sign(data, mechanism=how.mechanism, mechanism_param=how.parameter))
 
     def box(self, box: Box) -> bytes:
         """AES-256-GCM with a key that never leaves the token. Raises: SealedRecordInvalid, TokenUnavailable."""
@@ -380,3 +388,11 @@ class Token:
                 return self._token.open(rw=True, user_pin=pin)
             time.sleep(pause_ms / 1000)
         return self._token.open(rw=True, user_pin=pin)
+
+
+def _sign_calls(module: str) -> SignCalls | None:
+    """None where the module cannot be called so: then python-pkcs11 makes every signature."""
+    try:
+        return SignCalls(module)
+    except (OSError, AttributeError):
+        return None

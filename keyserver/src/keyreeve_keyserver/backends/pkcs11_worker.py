@@ -1,12 +1,11 @@
 """A PKCS#11 worker process: it loads the module, knows the PIN, has one session. How it is started: `worker_main`.
 
-Single-threaded: python-pkcs11 is never called from two threads. It answers one question at a time, and ends when the signer closes the socket.
+Single-threaded: python-pkcs11 is never called from two threads. It answers questions in their order, and ends when the signer closes the socket.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 
 from keyreeve_common.errors import KeyreeveError, MalformedFrame, TokenUnavailable
 
@@ -32,8 +31,7 @@ class Worker:
         if token is None:
             raise TokenUnavailable("the worker has no open token")
         if isinstance(question, frames.TokenSign):
-            received = time.monotonic()
-            return frames.TokenSigned(tuple(_sign(token, item, received=received) for item in question.items))
+            return frames.TokenSigned(tuple([_sign(token, item) for item in question.items]))
         if isinstance(question, frames.Box):
             return frames.Boxed(token.box(question))
         if isinstance(question, frames.Create):
@@ -57,9 +55,9 @@ def _settings(start: WorkerStart) -> TokenSettings:
         raise MalformedFrame("the settings are not those of a PKCS#11 worker") from None
 
 
-def _sign(token: Token, item: frames.TokenSignItem, *, received: float) -> bytes | KeyreeveError:
+def _sign(token: Token, item: frames.TokenSignItem) -> bytes | KeyreeveError:
     try:
-        return token.sign(item, received=received)
+        return token.sign(item)
     except KeyreeveError as error:
         return error
 

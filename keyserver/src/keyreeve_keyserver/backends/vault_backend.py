@@ -5,7 +5,6 @@ A key of ours is one version of one Transit key: its reference names both, so th
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from datetime import timedelta
 
 from keyreeve_common.vault.config import VaultConfig
@@ -13,7 +12,8 @@ from keyreeve_common.vault.config import VaultConfig
 from keyreeve_keyserver.backends.launch import WorkerSpec
 from keyreeve_keyserver.backends.ports import SignRequest
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
-from keyreeve_keyserver.backends.worker_pool import PoolPolicy
+from keyreeve_keyserver.backends.worker_place import PoolPolicy
+from keyreeve_keyserver.backends.worker_queue import Lane
 from keyreeve_keyserver.domain.keys import Custody
 from keyreeve_keyserver.frames import JsonObject
 from keyreeve_keyserver.hardening.lockdown import Reach
@@ -44,9 +44,9 @@ class VaultBackend(WorkerBackend):
             verifies_all=True,
         )
 
-    def _lane_of(self, request: SignRequest) -> Hashable:
-        """Transit signs in one call what one key signs in one scheme; different keys go to different workers."""
-        return request.record.backend_ref, request.scheme
+    def _lane_of(self, request: SignRequest) -> Lane:
+        """Transit signs in one call what one key signs in one scheme. A call costs more than a few signatures, so a few stay together."""
+        return Lane((request.record.backend_ref, request.scheme), most=32, least=8, paced=False)
 
 
 def reach_of(vault: VaultConfig) -> Reach:

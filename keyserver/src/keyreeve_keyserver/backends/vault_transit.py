@@ -121,12 +121,12 @@ class Transit:
         """Asks Vault for our own token: it must answer, be unsealed, and know us. Raises: VaultAccessDenied, TokenUnavailable."""
         self._session.get("auth/token/lookup-self", doing="asking Vault for a sign of life")
 
-    def sign(self, items: Sequence[TokenSignItem], *, received: float) -> list[bytes | KeyreeveError]:
+    def sign(self, items: Sequence[TokenSignItem]) -> list[bytes | KeyreeveError]:
         """One call for all items of one key and scheme. Raises nothing."""
         outcomes: list[bytes | KeyreeveError] = [Internal("Vault gave no result")] * len(items)
         groups: dict[tuple[str, SignatureScheme, bool], list[int]] = {}
         for index, item in enumerate(items):
-            if time.monotonic() >= received + item.deadline_ms / 1000:
+            if time.monotonic() * 1_000_000 >= item.deadline_us:
                 outcomes[index] = DeadlineExceeded("deadline passed before Vault was reached")
             else:
                 groups.setdefault((item.ref, item.scheme, item.prehashed), []).append(index)

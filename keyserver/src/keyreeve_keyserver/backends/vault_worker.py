@@ -1,12 +1,11 @@
 """A Vault worker process: it reaches Vault, knows a token of its own, and no key. How it is started: `worker_main`.
 
-Of secrets it is given the name of one file, which it opens at each log-in. It answers one question at a time, and ends when the signer closes.
+Of secrets it is given the name of one file, which it opens at each log-in. It answers questions in their order, and ends when the signer closes.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ class Worker:
         if transit is None:
             raise TokenUnavailable("the worker is not logged in to Vault")
         if isinstance(question, frames.TokenSign):
-            return frames.TokenSigned(tuple(transit.sign(question.items, received=time.monotonic())))
+            return frames.TokenSigned(tuple(transit.sign(question.items)))
         if isinstance(question, frames.Box):
             return frames.Boxed(transit.box(question))
         if isinstance(question, frames.Create):

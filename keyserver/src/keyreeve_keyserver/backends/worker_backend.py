@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import cast
 
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
@@ -41,13 +40,21 @@ from keyreeve_keyserver.backends.ports import (
     SignOutcome,
     SignRequest,
 )
-from keyreeve_keyserver.backends.worker_pool import PoolPolicy, WorkerPool
+from keyreeve_keyserver.backends.worker_place import PoolPolicy
+from keyreeve_keyserver.backends.worker_pool import WorkerPool
+from keyreeve_keyserver.backends.worker_queue import Job, Lane
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.domain.secret import Secret
 from keyreeve_keyserver.domain.wrapped_key import MAX_BLOB_BYTES
 
 WORKER_STEP = "backend.token"  # the span of a worker's call into its token or service
-_CHUNKS = {KeyFamily.EC_P256: 16, KeyFamily.EC_P384: 16, KeyFamily.ED25519: 16, KeyFamily.RSA: 4}
+# Requests of one lane go to one worker in one question; all of a lane are of one key family.
+_LANES = {
+    KeyFamily.EC_P256: Lane(KeyFamily.EC_P256, most=32),
+    KeyFamily.EC_P384: Lane(KeyFamily.EC_P384, most=32),
+    KeyFamily.ED25519: Lane(KeyFamily.ED25519, most=32),
+    KeyFamily.RSA: Lane(KeyFamily.RSA, most=8),
+}
 _REF_BYTES = 16
 # One wrong result beside a right one of the same message gives the key away: of RSA by its CRT, of Ed25519 since its nonce is the message's.
 _VERIFIED = (rsa.RSAPublicKey, ed25519.Ed25519PublicKey)
@@ -187,25 +194,75 @@ class WorkerBackend:
             await self._pool.tell_all(frames.Destroy(record.backend_ref), within=2 * self._policy.call_timeout)
 
     async def sign(self, requests: Sequence[SignRequest]) -> list[SignOutcome]:
-        outcomes: list[SignOutcome] = [_refusal_of(request) for request in requests]
-        await asyncio.gather(*(self._sign_chunk(chunk, outcomes) for chunk in self._chunks(requests)))
+        outcomes: list[SignOutcome] = [KeyNotFound()] * len(requests)
+        asked: list[tuple[Job, list[int]]] = []
+        for lane, indexes in self._lanes(requests, outcomes).items():
+            size = self._pool.share(lane, len(indexes))
+            for at in range(0, len(indexes), size):
+                self._ask(requests, outcomes, asked, lane, indexes[at : at + size])
+        for job, indexes in asked:
+            self._take(await job.answer, requests, outcomes, indexes)
+            _tell([requests[index] for index in indexes], job.taken_us)
         return outcomes
 
-    def _chunks(self, requests: Sequence[SignRequest]) -> list[list[tuple[int, SignRequest]]]:
-        lanes: dict[Hashable, list[tuple[int, SignRequest]]] = {}
+    def _lanes(self, requests: Sequence[SignRequest], outcomes: list[SignOutcome]) -> dict[Lane, list[int]]:
+        lanes: dict[Lane, list[int]] = {}
         for index, request in enumerate(requests):
-            if self._loaded_by(request) is not None and not _is_digest_of_ed25519(request):
-                lanes.setdefault(self._lane_of(request), []).append((index, request))
-        return [
-            lane[at : at + size]
-            for lane in lanes.values()
-            for size in (_CHUNKS[lane[0][1].record.key_type.family],)
-            for at in range(0, len(lane), size)
-        ]
+            if _is_digest_of_ed25519(request):
+                outcomes[index] = SchemeNotSupported(
+                    f"scheme {request.scheme.iana_name} takes the message whole, never a digest"
+                )
+            elif self._loaded_by(request) is None:
+                outcomes[index] = KeyNotFound()
+            else:
+                lanes.setdefault(self._lane_of(request), []).append(index)
+        return lanes
 
-    def _lane_of(self, request: SignRequest) -> Hashable:
-        """Requests of one lane go to one worker in one question; all of a lane are of one key family."""
-        return request.record.key_type.family
+    def _lane_of(self, request: SignRequest) -> Lane:
+        return _LANES[request.record.key_type.family]
+
+    def _ask(
+        self,
+        requests: Sequence[SignRequest],
+        outcomes: list[SignOutcome],
+        asked: list[tuple[Job, list[int]]],
+        lane: Lane,
+        indexes: list[int],
+    ) -> None:
+        items, deadline = [], 0.0
+        for index in indexes:
+            request = requests[index]
+            deadline = max(deadline, request.deadline)
+            items.append(
+                frames.TokenSignItem(
+                    request.record.backend_ref,
+                    request.scheme,
+                    max(int(request.deadline * 1_000_000), 0),
+                    request.message,
+                    request.prehashed,
+                    self._wrapped_of(request),
+                )
+            )
+        try:
+            asked.append((self._pool.submit(frames.TokenSign(tuple(items)), deadline=deadline, lane=lane), indexes))
+        except KeyreeveError as error:
+            for index in indexes:
+                outcomes[index] = error
+
+    def _take(
+        self, answer: frames.Answer, requests: Sequence[SignRequest], outcomes: list[SignOutcome], indexes: list[int]
+    ) -> None:
+        if isinstance(answer, frames.TokenSigned) and len(answer.outcomes) == len(indexes):
+            for index, outcome in zip(indexes, answer.outcomes, strict=True):
+                outcomes[index] = self._verified(requests[index], outcome)
+            return
+        error = (
+            answer.error
+            if isinstance(answer, frames.Failed)
+            else TokenUnavailable("the worker gave an answer to another question")
+        )
+        for index in indexes:
+            outcomes[index] = error
 
     def _loaded_by(self, request: SignRequest) -> _Loaded | None:
         """The key, if it is the one of the record that the request was judged by."""
@@ -216,34 +273,6 @@ class WorkerBackend:
         """Nothing for a key that rests in the token, or was forgotten meanwhile: then the worker does not find it either."""
         loaded = self._loaded_by(request)
         return loaded.wrapped if loaded is not None else b""
-
-    async def _sign_chunk(self, chunk: list[tuple[int, SignRequest]], outcomes: list[SignOutcome]) -> None:
-        now = time.monotonic()
-        left = [max(request.deadline - now, 0) for _, request in chunk]
-        question = frames.TokenSign(
-            tuple(
-                frames.TokenSignItem(
-                    request.record.backend_ref,
-                    request.scheme,
-                    int(seconds * 1000),
-                    request.message,
-                    prehashed=request.prehashed,
-                    wrapped=self._wrapped_of(request),
-                )
-                for (_, request), seconds in zip(chunk, left, strict=True)
-            )
-        )
-        try:
-            within = timedelta(seconds=max(left))
-            answer = await self._pool.ask(question, within=within, on_answer=_traced(chunk))
-            if not isinstance(answer, frames.TokenSigned) or len(answer.outcomes) != len(chunk):
-                raise TokenUnavailable("the worker gave an answer to another question")
-        except KeyreeveError as error:
-            for index, _ in chunk:
-                outcomes[index] = error
-            return
-        for (index, request), outcome in zip(chunk, answer.outcomes, strict=True):
-            outcomes[index] = self._verified(request, outcome)
 
     def _verified(self, request: SignRequest, outcome: SignOutcome) -> SignOutcome:
         """RSA and Ed25519 results are verified before release, and all of a service; a key that was forgotten meanwhile releases nothing."""
@@ -282,27 +311,15 @@ class WorkerBackend:
         return answer.answer
 
 
-def _traced(chunk: list[tuple[int, SignRequest]]) -> Callable[[int], None] | None:
-    """Tells the requests of `chunk` that are traced when their worker had them; None where none is."""
-    steps = [request.on_step for _, request in chunk if request.on_step is not None]
-    if not steps:
-        return None
-
-    def answered(taken_us: int) -> None:
+def _tell(requests: list[SignRequest], taken_us: int) -> None:
+    """Tells the requests that are traced when their worker had them."""
+    steps = [request.on_step for request in requests if request.on_step is not None]
+    if steps and taken_us:
         now_us = time.time_ns() // 1000
         for on_step in steps:
             on_step(WORKER_STEP, min(taken_us, now_us), now_us)
-
-    return answered
 
 
 def _is_digest_of_ed25519(request: SignRequest) -> bool:
     """Some tokens would sign it, and what they sign is another algorithm (Ed25519ph)."""
     return request.prehashed and not request.scheme.facts.hash_name
-
-
-def _refusal_of(request: SignRequest) -> SignOutcome:
-    """The outcome of a request that is not sent to a worker."""
-    if _is_digest_of_ed25519(request):
-        return SchemeNotSupported(f"scheme {request.scheme.iana_name} takes the message whole, never a digest")
-    return KeyNotFound()

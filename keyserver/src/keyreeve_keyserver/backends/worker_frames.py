@@ -1,14 +1,17 @@
-"""Frames between the signer and one backend worker: a question, then its answer, one at a time, over a socketpair. Pure; strict both ways.
+"""Frames between the signer and one backend worker: questions, and their answers in the same order, over a socketpair. Pure; strict both
+ways.
 
-`u32 length` (2 to 4,194,304) `u8 version = 2` `u8 type` body, big endian. The worker ends when a question breaks a rule: only the signer
+`u32 length` (2 to 4,194,304) `u8 version = 3` `u8 type` body, big endian. The worker ends when a question breaks a rule: only the signer
 writes to it.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
 from keyreeve_common.errors import MAX_DETAIL_BYTES, InvalidRequest, KeyreeveError, MalformedFrame, error_from_wire
 from keyreeve_common.key_id import MAX_KEY_ID_BYTES, parse_key_id
@@ -21,12 +24,15 @@ from keyreeve_keyserver.domain.wrapped_key import MAX_BLOB_BYTES
 from keyreeve_keyserver.frames import MAX_SIGNATURE_BYTES, JsonObject, parse_json_object
 
 _T = TypeVar("_T")
-VERSION = 2  # a worker is started by its signer, which may be of the release before: it must not misread an item
+VERSION = 3  # a worker is started by its signer, which may be of the release before: it must not misread an item
 MAX_FRAME_BYTES = 4_194_304
 MAX_ITEMS = 32
 MAX_BOX_BYTES = 65_536
 MAX_JSON_BYTES = 65_536
 NONCE_BYTES = 12
+_COUNT, _REF_LENGTH, _MESSAGE_LENGTH = struct.Struct(">H"), struct.Struct(">B"), struct.Struct(">I")
+_SIGN_HEAD = struct.Struct(">HQBH")  # what stands between an item's ref and its wrapped key
+_SCHEMES = {int(scheme): scheme for scheme in SignatureScheme}
 OPEN, CREATE, FIND, DESTROY, SIGN, ENCRYPT, DECRYPT, PING, INSPECT = range(1, 10)
 DONE, REFUSED, SIGNED, BOX = 0x81, 0x82, 0x83, 0x84
 
@@ -82,33 +88,42 @@ class Destroy:
         return _frame(DESTROY, bytes8(self.ref.encode("ascii")))
 
 
-@dataclass(frozen=True, slots=True)
-class TokenSignItem:
-    """`wrapped` goes with every item of a wrapped key: any worker can sign it, and a worker that has let it go needs no second question."""
+class TokenSignItem(NamedTuple):
+    """`wrapped` goes with every item of a wrapped key: any worker can sign it, and a worker that has let it go needs no second question.
+
+    `deadline_us` is of CLOCK_MONOTONIC, which all processes of a host share: time in a queue or a socket counts. `prehashed`: `message` is a
+    digest by the scheme's hash.
+    """
 
     ref: str
     scheme: SignatureScheme
-    deadline_ms: int
-    message: bytes = field(repr=False)
-    prehashed: bool = False  # `message` is a digest by the scheme's hash
-    wrapped: bytes = field(default=b"", repr=False)
+    deadline_us: int
+    message: bytes
+    prehashed: bool = False
+    wrapped: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"TokenSignItem(ref={self.ref!r}, scheme={self.scheme!r}, deadline_us={self.deadline_us})"
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSign:
+    """An item is `bytes8 ref` `u16 scheme` `u64 deadline_us` `u8 prehashed` `bytes16 wrapped` `bytes32 message`."""
+
     items: tuple[TokenSignItem, ...]
 
     def to_bytes(self) -> bytes:
-        body = b"".join(
-            bytes8(item.ref.encode("ascii"))
-            + u16(item.scheme)
-            + u32(item.deadline_ms)
-            + bytes((item.prehashed,))
-            + bytes16(item.wrapped)
-            + bytes32(item.message)
-            for item in self.items
-        )
-        return _frame(SIGN, u16(len(self.items)) + body)
+        parts = [_COUNT.pack(len(self.items))]
+        for ref, scheme, deadline_us, message, prehashed, wrapped in self.items:
+            parts.append(
+                _REF_LENGTH.pack(len(ref))
+                + ref.encode("ascii")
+                + _SIGN_HEAD.pack(scheme, deadline_us, prehashed, len(wrapped))
+                + wrapped
+                + _MESSAGE_LENGTH.pack(len(message))
+                + message
+            )
+        return _frame(SIGN, b"".join(parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,22 +224,38 @@ def _read_create(reader: Reader) -> Create:
 
 
 def _read_sign(reader: Reader) -> TokenSign:
-    count = _count(reader)
-    return TokenSign(tuple(_read_item(reader) for _ in range(count)))
-
-
-def _read_item(reader: Reader) -> TokenSignItem:
-    ref, scheme = _ref(reader), reader.u16("scheme")
+    """Items are read field by field where they stand: a reader's call for each field would cost more than the rest of a question."""
+    count, data, at = _count(reader), reader.rest(), 0
+    items: list[TokenSignItem] = []
     try:
-        known = SignatureScheme(scheme)
-    except ValueError:
+        for _ in range(count):
+            ref_end = at + 1 + data[at]
+            ref = _known_ref(data[at + 1 : ref_end])
+            number, deadline_us, prehashed, wrapped_bytes = _SIGN_HEAD.unpack_from(data, ref_end)
+            at = ref_end + _SIGN_HEAD.size + wrapped_bytes
+            wrapped = data[ref_end + _SIGN_HEAD.size : at]
+            (message_bytes,) = _MESSAGE_LENGTH.unpack_from(data, at)
+            message = data[at + 4 : at + 4 + message_bytes]
+            at += 4 + message_bytes
+            if prehashed > 1 or wrapped_bytes > MAX_BLOB_BYTES or message_bytes > MAX_MESSAGE_BYTES:
+                raise MalformedFrame("an item has a field out of its bounds")
+            items.append(TokenSignItem(ref, _SCHEMES[number], deadline_us, message, prehashed == 1, wrapped))
+    except (IndexError, struct.error):
+        raise MalformedFrame("frame ends inside an item") from None
+    except KeyError:
         raise MalformedFrame("scheme is not known") from None
-    deadline_ms, prehashed = reader.u32("deadline_ms"), reader.u8("prehashed")
-    if prehashed > 1:
-        raise MalformedFrame("prehashed is neither 0 nor 1")
-    wrapped = _wrapped(reader)
-    message = reader.bytes32("message", high=MAX_MESSAGE_BYTES)
-    return TokenSignItem(ref, known, deadline_ms, message, prehashed=bool(prehashed), wrapped=wrapped)
+    if at != len(data):
+        raise MalformedFrame("the items do not end with the frame")
+    return TokenSign(tuple(items))
+
+
+@lru_cache(maxsize=4096)
+def _known_ref(data: bytes) -> str:
+    """Raises: MalformedFrame."""
+    try:
+        return parse_key_id(ascii_text(data, "ref"))
+    except InvalidRequest:
+        raise MalformedFrame("ref is not a key id") from None
 
 
 def _read_box(reader: Reader, *, decrypt: bool) -> Box:
@@ -273,11 +304,7 @@ def _wrapped(reader: Reader) -> bytes:
 
 
 def _ref(reader: Reader) -> str:
-    text = ascii_text(reader.bytes8("ref", low=1, high=MAX_KEY_ID_BYTES), "ref")
-    try:
-        return parse_key_id(text)
-    except InvalidRequest:
-        raise MalformedFrame("ref is not a key id") from None
+    return _known_ref(reader.bytes8("ref", low=1, high=MAX_KEY_ID_BYTES))
 
 
 def _frame(kind: int, body: bytes) -> bytes:

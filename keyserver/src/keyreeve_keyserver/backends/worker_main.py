@@ -1,7 +1,8 @@
 """The life of a worker process of any backend: `python -m PROGRAM FD START_FD PARENT`, started by the launcher.
 
 What it may know comes through the pipe START_FD, once, at its start: its settings and its secrets (`WorkerStart`). A program is
-`run_worker(lambda start: Worker(start).answer)`. One question at a time; it ends when the signer closes the socket, or its launcher ends.
+`run_worker(lambda start: Worker(start).answer)`. Questions are answered in their order; those that wait stay in the socket. It ends when the
+signer closes the socket, or its launcher ends.
 """
 
 from __future__ import annotations

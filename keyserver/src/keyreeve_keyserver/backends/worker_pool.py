@@ -1,18 +1,15 @@
 """A pool of worker processes: hands each question to an idle one, brings dead ones back with back-off, and keeps every caller's deadline.
 
-A question whose worker died goes to another once more: all questions but `Create` may be put twice. A refused PIN stops the pool for good,
-since a token locks after a few tries. Where the token has no session left, the pool goes on with the workers that it has, and tries again
-after a while. An idle worker asks for a sign of life now and then, so that a token that went away is found before a request is.
+While a worker signs, the next signatures already wait in its socket: no token idles while an answer travels. A question whose worker died goes
+to another once more: all questions but `Create` may be put twice. A refused PIN stops the pool for good, since a token locks after a few tries.
+Where the token has no session left, the pool goes on with the workers that it has, and tries again after a while. An idle worker asks for a sign
+of life now and then, so that a token that went away is found before a request is.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 
 from keyreeve_common.errors import (
@@ -27,41 +24,22 @@ from keyreeve_common.telemetry import log, log_exception, log_warning
 from keyreeve_keyserver.backends import worker_frames as frames
 from keyreeve_keyserver.backends.launcher_link import LauncherLink
 from keyreeve_keyserver.backends.worker_guard import WorkerGuard
+from keyreeve_keyserver.backends.worker_place import (
+    Place,
+    PoolPolicy,
+    end_errands,
+    give,
+    newest_ticket,
+    pin_refusal,
+)
 from keyreeve_keyserver.backends.worker_process import WorkerGone, WorkerProcess
-from keyreeve_keyserver.domain.breaker import BreakerPolicy, Ticket
+from keyreeve_keyserver.backends.worker_queue import Job, JobQueue, Lane, merged, parted
 from keyreeve_keyserver.frames import JsonObject
 
 MAX_WAITING = 4_096
 _ATTEMPTS = 3
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class PoolPolicy:
-    """`call_timeout` bounds any question, `sign_timeout` a signature or sign of life: a worker that passes it is replaced.
-
-    `keepalive` is how long a worker may idle (zero: for ever); `session_retry` the pause before another session is asked for.
-    """
-
-    call_timeout: timedelta = timedelta(seconds=30)
-    sign_timeout: timedelta = timedelta(seconds=10)
-    keepalive: timedelta = timedelta(seconds=30)
-    session_retry: timedelta = timedelta(minutes=1)
-    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
-
-    def bound(self, question: frames.Question) -> timedelta:
-        quick = isinstance(question, frames.TokenSign | frames.Ping)
-        return min(self.sign_timeout, self.call_timeout) if quick else self.call_timeout
-
-
-@dataclass(slots=True)
-class _Job:
-    question: frames.Question
-    answer: asyncio.Future[frames.Answer]
-    ticket: Ticket | None  # an errand has none: see tell_all
-    attempts: int = field(default=0)
-    taken_us: int = field(default=0)  # when a worker last took it, Unix microseconds
 
 
 class WorkerPool:
@@ -75,11 +53,10 @@ class WorkerPool:
         self._guard = WorkerGuard(name, self._policy.breaker)
         self._settled = workers
         self._turn = asyncio.Lock()  # to log in, while nobody knows yet whether the PIN is right
-        self._jobs: deque[_Job] = deque()
-        self._wakeup = asyncio.Condition()
+        self._queue = JobQueue()
         self._slots: list[asyncio.Task[None]] = []
         self._processes: dict[int, WorkerProcess] = {}
-        self._errands: dict[int, deque[_Job]] = {index: deque() for index in range(workers)}
+        self._places = [Place() for _ in range(workers)]
         self._fault: KeyreeveError | None = None
         self.description: JsonObject = {}
 
@@ -102,7 +79,7 @@ class WorkerPool:
 
     @property
     def waiting(self) -> int:
-        return len(self._jobs)
+        return len(self._queue)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -129,43 +106,46 @@ class WorkerPool:
         await asyncio.gather(*self._slots, return_exceptions=True)
         self._drop_waiting(TokenUnavailable("the signer is stopping"))
 
-    async def ask(
-        self, question: frames.Question, *, within: timedelta, on_answer: Callable[[int], None] | None = None
-    ) -> frames.Answer:
-        """`on_answer` hears when a worker took the question (Unix microseconds), as its answer is there.
-
-        Raises: what the worker refused with, DeadlineExceeded, TokenUnavailable.
-        """
-        if self._fault is not None:
-            raise self._again(self._fault)
-        if len(self._jobs) >= MAX_WAITING:
-            raise TokenUnavailable("too many requests wait for the token", retry_after=timedelta(seconds=1))
-        job = _Job(question, asyncio.get_running_loop().create_future(), self._guard.admit())
-        self._jobs.append(job)
-        await self._wake()
+    async def ask(self, question: frames.Question, *, within: timedelta) -> frames.Answer:
+        """Raises: what the worker refused with, DeadlineExceeded, TokenUnavailable."""
+        job = self.submit(question, deadline=time.monotonic() + within.total_seconds())
         try:
-            async with asyncio.timeout(max(within.total_seconds(), 0)):
-                answer = await job.answer
-        except TimeoutError:
-            with suppress(ValueError):
-                self._jobs.remove(job)
-                self._guard.abandoned(job.ticket)
-            raise DeadlineExceeded("deadline passed while the token was at work") from None
-        if on_answer is not None:
-            on_answer(job.taken_us)
+            answer = await job.answer
+        except asyncio.CancelledError:
+            self._give_up(job)
+            raise
         if isinstance(answer, frames.Failed):
             raise answer.error
         return answer
+
+    def submit(self, question: frames.Question, *, deadline: float, lane: Lane | None = None) -> Job:
+        """Puts a question; its `answer` comes by `deadline` (monotonic clock) and is Failed where it was refused or came too late.
+
+        `lane` is for a TokenSign: it may go to a worker together with others. Raises: TokenUnavailable where nothing is taken now.
+        """
+        if self._fault is not None:
+            raise self._again(self._fault)
+        if len(self._queue) >= MAX_WAITING:
+            raise TokenUnavailable("too many requests wait for the token", retry_after=timedelta(seconds=1))
+        loop = asyncio.get_running_loop()
+        job = Job(question, loop.create_future(), self._guard.admit(), lane)
+        job.timer = loop.call_later(max(deadline - time.monotonic(), 0), self._expire, job)
+        self._queue.add(job)
+        self._ring_one()
+        return job
+
+    def share(self, lane: Lane, items: int) -> int:
+        """How many of `items` signatures of a lane to put into one question, so that no worker idles while another has many."""
+        return self._queue.share(lane, items, workers=len(self._processes) or self._size)
 
     async def tell_all(self, question: frames.Question, *, within: timedelta) -> None:
         """Puts a question to every worker that is open now; one that ends meanwhile has nothing left to be told. Raises: TokenUnavailable."""
         waiting: list[asyncio.Future[frames.Answer]] = []
         for index in self._processes:
-            job = _Job(question, asyncio.get_running_loop().create_future(), None)
-            self._errands[index].append(job)
+            job = Job(question, asyncio.get_running_loop().create_future(), None)
+            self._places[index].errands.append(job)
+            self._places[index].rung.set()
             waiting.append(job.answer)
-        async with self._wakeup:
-            self._wakeup.notify_all()
         try:
             async with asyncio.timeout(within.total_seconds()):
                 answers = await asyncio.gather(*waiting)
@@ -175,9 +155,31 @@ class WorkerPool:
             if isinstance(answer, frames.Failed):
                 raise answer.error
 
+    def _expire(self, job: Job) -> None:
+        self._give_up(job)
+        give(job, frames.Failed(DeadlineExceeded("deadline passed while the token was at work")))
+
+    def _give_up(self, job: Job) -> None:
+        """Its caller waits no more. What a worker has already is worked out, and its answer dropped."""
+        if self._queue.remove(job):
+            self._guard.abandoned(job.ticket)
+
+    def _ring_one(self) -> None:
+        """Wakes one worker for a new question: an idle one, or else one whose next place is free."""
+        roomy: Place | None = None
+        for index in self._processes:
+            place = self._places[index]
+            if place.is_idle:
+                place.rung.set()
+                return
+            if roomy is None and place.line and place.has_room and not place.rung.is_set():
+                roomy = place
+        if roomy is not None:
+            roomy.rung.set()
+
     async def _run_slot(self, index: int, process: WorkerProcess | None) -> None:
         """Keeps one worker alive and busy."""
-        pause, again = _FIRST_PAUSE, False
+        pause, again, place = _FIRST_PAUSE, False, self._places[index]
         try:
             while True:
                 if process is None:
@@ -191,10 +193,12 @@ class WorkerPool:
                 pause = _FIRST_PAUSE
                 self._processes[index] = process
                 self._came_up()
-                await self._work(index, process)
+                await self._work(place, process)
                 log_warning("worker_lost", backend=self._name, pid=process.pid)
                 del self._processes[index]
-                self._end_errands(index)
+                if self._queue:
+                    self._ring_one()
+                end_errands(place)
                 process.end()
                 process = None
         except TokenPinIncorrect as error:
@@ -204,7 +208,7 @@ class WorkerPool:
             self._fail(TokenUnavailable("the pool of workers met a fault of ours: see the signer's log"))
         finally:
             self._processes.pop(index, None)
-            self._end_errands(index)
+            self._leave(place)
             if process is not None:
                 process.end()
 
@@ -228,7 +232,7 @@ class WorkerPool:
             raise
         except KeyreeveError as error:
             if isinstance(error, TokenSessionsExhausted) and self._processes:
-                self._settle(len(self._processes))
+                self._settle_at(len(self._processes))
             if again and not self._processes:
                 self._fail(error)
             return None
@@ -238,9 +242,9 @@ class WorkerPool:
             self._fault = None
             self._guard.hurry()
         if len(self._processes) > self._settled:
-            self._settle(len(self._processes))
+            self._settle_at(len(self._processes))
 
-    def _settle(self, workers: int) -> None:
+    def _settle_at(self, workers: int) -> None:
         """Takes note of how many workers the token bears."""
         if workers != self._settled:
             log_warning("workers_settled", backend=self._name, workers=workers, configured=self._size)
@@ -261,50 +265,111 @@ class WorkerPool:
         log("worker_open", backend=self._name, pid=process.pid)
         return process
 
-    def _end_errands(self, index: int) -> None:
-        """The worker is gone, and what it held with it."""
-        while self._errands[index]:
-            job = self._errands[index].popleft()
-            if not job.answer.done():
-                job.answer.set_result(frames.Done({}))
+    def _leave(self, place: Place) -> None:
+        """Nobody works here any more: what was sent, and what this worker alone was to do, ends here."""
+        for job in (job for jobs in place.line for job in jobs):
+            give(job, frames.Failed(self._again(self._fault or TokenUnavailable("the signer is stopping"))))
+        place.line.clear()
+        end_errands(place)
 
-    async def _work(self, index: int, process: WorkerProcess) -> None:
+    async def _work(self, place: Place, process: WorkerProcess) -> None:
         """Puts questions to this worker until it is lost. Raises: TokenPinIncorrect where it lost its session and could not log in anew."""
-        while True:
-            job = await self._next_job(self._errands[index])
-            if job is None:
-                if not await self._lives(process):
+        process.ring = place.rung.set
+        try:
+            while True:
+                place.rung.clear()
+                while place.line and (answer := process.take_answer()) is not None:
+                    self._settle(place, answer)
+                while place.has_room and (jobs := self._next_jobs(place)):
+                    self._send(place, process, jobs)
+                    if self._queue:
+                        self._ring_one()
+                if not await self._until_rung(place) and not (place.rung.is_set() or await self._lives(place, process)):
                     return
-                continue
-            if job.ticket is None:
-                self._errands[index].appendleft(job)  # so that it ends with the worker if it does not come to an answer
-            if job.answer.done():
-                self._guard.abandoned(job.ticket)
-                continue
-            job.attempts += 1
-            job.taken_us = time.time_ns() // 1000
-            try:
-                answer = await process.ask(job.question, within=self._policy.bound(job.question))
-            except WorkerGone as error:
-                self._guard.failed(job.ticket, error)
-                self._put_back(job, error)
-                self._refuse_while_open()
-                await self._wake()
-                return
-            except asyncio.CancelledError:
-                _refuse(job, self._again(self._fault or TokenUnavailable("the signer is stopping")))
-                raise
-            if job.ticket is None:
-                self._errands[index].remove(job)
-            self._guard.answered(job.ticket, answer)
-            if not job.answer.done():
-                job.answer.set_result(answer)
-            self._refuse_while_open()
-            if (refusal := _pin_refusal(answer)) is not None:
-                raise refusal
+        except WorkerGone as error:
+            self._lost(place, error)
 
-    async def _lives(self, process: WorkerProcess) -> bool:
+    def _next_jobs(self, place: Place) -> list[Job]:
+        """This worker's errands first."""
+        while True:
+            if place.errands:
+                jobs = [place.errands.popleft()]
+            elif place.line and any(self._places[index].is_free for index in self._processes):
+                return []  # another can begin it at once
+            else:
+                jobs = self._queue.take(workers=len(self._processes), behind_another=bool(place.line))
+            waiting = [job for job in jobs if not job.answer.done()]
+            for job in jobs:
+                if job.answer.done():  # its caller was cancelled
+                    self._guard.abandoned(job.ticket)
+            if waiting or not jobs:
+                return waiting
+
+    def _send(self, place: Place, process: WorkerProcess, jobs: list[Job]) -> None:
+        now_us = time.time_ns() // 1000
+        for job in jobs:
+            job.attempts += 1
+            job.taken_us = now_us
+        if not place.line:
+            place.began = time.monotonic()
+        place.line.append(jobs)
+        process.send(merged(jobs))
+
+    def _settle(self, place: Place, answer: frames.Answer) -> None:
+        """The answer to the first of the line. Raises: WorkerGone; TokenPinIncorrect, which the worker heard as it logged in anew."""
+        jobs = place.line[0]
+        parts = parted(jobs, answer)
+        if parts is None:
+            raise WorkerGone("the worker gave an answer to another question")
+        place.line.popleft()
+        began, place.began = place.began, time.monotonic()
+        if (lane := jobs[0].lane) is not None:
+            self._queue.answered(lane, items=sum(job.size for job in jobs), seconds=place.began - began)
+        if place.line:
+            now_us = time.time_ns() // 1000
+            for job in place.line[0]:
+                job.taken_us = now_us
+        self._guard.answered(newest_ticket(jobs), answer)
+        for job, part in zip(jobs, parts, strict=True):
+            give(job, part)
+        self._refuse_while_open()
+        if (refusal := pin_refusal(answer)) is not None:
+            raise refusal
+
+    async def _until_rung(self, place: Place) -> bool:
+        """False where an idle worker heard nothing for as long as it may. Raises: WorkerGone where it did not answer in time."""
+        if place.line:
+            bound = self._policy.bound(place.line[0][0].question).total_seconds()
+            left = place.began + bound - time.monotonic()
+        else:
+            bound = left = self._policy.keepalive.total_seconds()
+        if left <= 0 < bound and place.line:
+            raise WorkerGone(f"the worker did not answer within {bound:g}s")
+        try:
+            async with asyncio.timeout(left if bound else None):
+                await place.rung.wait()
+        except TimeoutError:
+            if place.line and not place.rung.is_set():
+                raise WorkerGone(f"the worker did not answer within {bound:g}s") from None
+            return False
+        return True
+
+    def _lost(self, place: Place, error: WorkerGone) -> None:
+        """The first of the line may have been its death; what waited behind it was not begun."""
+        while len(place.line) > 1:
+            for job in reversed(place.line.pop()):
+                job.attempts -= 1
+                self._put_back(job, error)
+        if place.line:
+            jobs = place.line.pop()
+            self._guard.failed(newest_ticket(jobs), error)
+            for job in reversed(jobs):
+                self._put_back(job, error)
+        self._refuse_while_open()
+
+    async def _lives(self, place: Place, process: WorkerProcess) -> bool:
         """Whether the worker reaches its token. Raises: TokenPinIncorrect."""
+        place.pings = True
         try:
             answer = await process.ask(frames.Ping(), within=self._policy.bound(frames.Ping()))
             if isinstance(answer, frames.Failed):
@@ -318,29 +383,19 @@ class WorkerPool:
             return False
         return True
 
-    async def _next_job(self, errands: deque[_Job]) -> _Job | None:
-        """The next question, this worker's errands first, or None when none came for as long as a worker may idle."""
-        async with self._wakeup:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._policy.keepalive.total_seconds() or None):
-                    while not self._jobs and not errands:
-                        await self._wakeup.wait()
-            # Also after a time-out: a wake-up that came at the same moment went to this worker alone.
-            return next((queue.popleft() for queue in (errands, self._jobs) if queue), None)
-
     def _refuse_while_open(self) -> None:
         """What waits when the breaker opens is refused at once: its callers have other replicas."""
         refusal = self._guard.refusal
         if refusal is not None and not self._guard.is_probing:
             self._drop_waiting(refusal)
 
-    def _put_back(self, job: _Job, error: WorkerGone) -> None:
+    def _put_back(self, job: Job, error: WorkerGone) -> None:
         if job.answer.done() or job.ticket is None:
-            return
-        if isinstance(job.question, frames.Create) or job.attempts >= _ATTEMPTS:
-            _refuse(job, TokenUnavailable(error.detail))
+            give(job, frames.Done({}))  # an errand: the worker is gone, and what it held with it
+        elif isinstance(job.question, frames.Create) or job.attempts >= _ATTEMPTS:
+            give(job, frames.Failed(TokenUnavailable(error.detail)))
         else:
-            self._jobs.appendleft(job)
+            self._queue.add(job, first=True)
 
     def _fail(self, error: KeyreeveError) -> None:
         if self._fault is None or self._fault.detail != error.detail:
@@ -354,27 +409,11 @@ class WorkerPool:
                     slot.cancel()
 
     def _drop_waiting(self, error: KeyreeveError) -> None:
-        while self._jobs:
-            job = self._jobs.popleft()
+        for job in self._queue.take_all():
             self._guard.abandoned(job.ticket)
-            _refuse(job, self._again(error))
+            give(job, frames.Failed(self._again(error)))
 
     @staticmethod
     def _again(error: KeyreeveError) -> KeyreeveError:
         """A fresh exception for each caller: one object raised in many tasks would gather their tracebacks."""
         return TokenUnavailable(error.detail, retry_after=error.retry_after or timedelta(seconds=1))
-
-    async def _wake(self) -> None:
-        async with self._wakeup:
-            self._wakeup.notify()
-
-
-def _refuse(job: _Job, error: KeyreeveError) -> None:
-    if not job.answer.done():
-        job.answer.set_result(frames.Failed(error))
-
-
-def _pin_refusal(answer: frames.Answer) -> TokenPinIncorrect | None:
-    outcomes = answer.outcomes if isinstance(answer, frames.TokenSigned) else ()
-    failures = (answer.error,) if isinstance(answer, frames.Failed) else outcomes
-    return next((failure for failure in failures if isinstance(failure, TokenPinIncorrect)), None)

@@ -16,6 +16,7 @@ from keyreeve_common.errors import ConfigInvalid, KeyreeveError
 from keyreeve_common.telemetry import configure_logging, log_error, notify_ready
 
 from keyreeve_keyserver.config import KeyServerConfig, load_keyserver_config
+from keyreeve_keyserver.domain.pair import Pair, parse_pair
 from keyreeve_keyserver.frontend.app import FrontEnd
 
 EX_CONFIG = 78
@@ -27,24 +28,28 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="keyserver.toml")
     parser.add_argument("--frames-fd", type=int, help="inherited end of the socketpair to the signer")
     parser.add_argument("--supervisor-fd", type=int, help="inherited end of the supervisor's socketpair")
+    parser.add_argument("--pair", default="1/1", help="NUMBER/COUNT: which of a host's front ends this is")
     arguments = parser.parse_args()
     configure_logging(SERVICE)
     try:
         config = load_keyserver_config(arguments.config)
-        return run_front_end(config, frames_fd=arguments.frames_fd, supervisor_fd=arguments.supervisor_fd)
+        pair = parse_pair(arguments.pair)
+        return run_front_end(config, pair, frames_fd=arguments.frames_fd, supervisor_fd=arguments.supervisor_fd)
     except KeyreeveError as error:
         log_error("front_end_failed", code=error.code.value, detail=error.detail)
         return EX_CONFIG if isinstance(error, ConfigInvalid) else 1
 
 
-def run_front_end(config: KeyServerConfig, *, frames_fd: int | None = None, supervisor_fd: int | None = None) -> int:
+def run_front_end(
+    config: KeyServerConfig, pair: Pair, *, frames_fd: int | None = None, supervisor_fd: int | None = None
+) -> int:
     """Serves until it is told to stop. Without `frames_fd` it connects to `signer_socket`. Raises: ConfigInvalid and others at start."""
-    event_loop.run(_serve(config, frames_fd, supervisor_fd))
+    event_loop.run(_serve(config.of_pair(pair), pair, frames_fd, supervisor_fd))
     return 0
 
 
-async def _serve(config: KeyServerConfig, frames_fd: int | None, supervisor_fd: int | None) -> None:
-    front_end = FrontEnd(config)
+async def _serve(config: KeyServerConfig, pair: Pair, frames_fd: int | None, supervisor_fd: int | None) -> None:
+    front_end = FrontEnd(config, pair=pair)
     # A batch makes thousands of objects that are no part of a cycle: the usual 700 would have the collector look through them for each.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

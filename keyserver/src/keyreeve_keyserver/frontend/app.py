@@ -24,6 +24,7 @@ from keyreeve_common.v1 import keyserver_pb2_grpc
 from keyreeve_keyserver.catalog.catalog import Catalog
 from keyreeve_keyserver.catalog.listen import ChangeListener
 from keyreeve_keyserver.config import KeyServerConfig
+from keyreeve_keyserver.domain.pair import ALONE, Pair
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
 from keyreeve_keyserver.frontend.admission import Admission
 from keyreeve_keyserver.frontend.audit_trail import AuditTrail
@@ -48,7 +49,6 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_concurrent_streams", 1024),
-    ("grpc.so_reuseport", 0),  # a second server on this port is an error, not a silent partner
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     *SERVER_PING_OPTIONS,
@@ -97,8 +97,9 @@ class Servicers:
 class FrontEnd:
     """`run` serves until SIGTERM, SIGINT or the supervisor's end. `serve_signer` keeps the link; `ready` tells whoever started us."""
 
-    def __init__(self, config: KeyServerConfig, *, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(self, config: KeyServerConfig, *, pair: Pair = ALONE, clock: Callable[[], datetime] = utc_now) -> None:
         self._config = config
+        self._pair = pair
         self._clock = clock
         self._stopping = asyncio.Event()
         self._tls: grpc.aio.Server | None = None
@@ -125,7 +126,7 @@ class FrontEnd:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
-        lock = _prepare_directories(self._config)
+        lock = _prepare_directories(self._config, self._pair)
         try:
             catalog = await self._catalog_once_reached()
         except BaseException:
@@ -150,6 +151,8 @@ class FrontEnd:
             self._open_metrics()
             admin = await self._open_admin()
             self._identity.load()
+            if not self._pair.is_alone:
+                tasks.append(asyncio.create_task(self._identity.follow(self._open_tls)))
             if self._identity.installed is not None:
                 await self._open_tls()
             else:
@@ -267,7 +270,9 @@ class FrontEnd:
         """Opens the mTLS listener. Once it is open, gRPC asks for the current SVID at each new connection."""
         if self._tls is not None:
             return
-        server = grpc.aio.server(interceptors=[self._edge], options=_OPTIONS)
+        # Without other pairs a second server on this port is an error, not a silent partner.
+        shares = [("grpc.so_reuseport", int(not self._pair.is_alone))]
+        server = grpc.aio.server(interceptors=[self._edge], options=[*_OPTIONS, *shares])
         self._servicers.add_to(server)
         credentials = grpc.dynamic_ssl_server_credentials(
             self._identity.configuration(), self._identity.configuration, require_client_authentication=True
@@ -298,14 +303,14 @@ class FrontEnd:
             self._config.admin_socket.unlink(missing_ok=True)
 
 
-def _prepare_directories(config: KeyServerConfig) -> int:
-    """Makes the directories, and takes the lock that a second front end on the same state would wait for."""
+def _prepare_directories(config: KeyServerConfig, pair: Pair) -> int:
+    """Makes the directories, and takes the lock that a second front end of this pair on the same state would wait for."""
     os.umask(0o077)
     make_private_directory(config.state_dir)
     make_private_directory(config.admin_socket.parent)
     _require_closed(config.admin_socket.parent)
     try:
-        lock = os.open(config.state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(pair.path(config.state_dir / "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigInvalid(f"{config.state_dir}: cannot be written: {error.strerror}; check owner and mode") from error
     try:

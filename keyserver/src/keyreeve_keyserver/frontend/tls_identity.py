@@ -6,7 +6,8 @@ written before the chain: a crash between them leaves the old chain under a bund
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +29,8 @@ from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.telemetry import log, log_warning
 from keyreeve_common.x509_svid import X509Svid, load_chain_der, load_chain_pem, tls_name_of, to_pem, verify_chain
 
+FOLLOW_S = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Installed:
@@ -47,9 +50,11 @@ class TlsIdentity:
         self._clock = clock
         self._key_pem = self._load_or_make_key()
         self.installed: Installed | None = None
+        self._seen: tuple[int, int] | None = None
 
     def load(self) -> None:
         """Takes up what was installed before; what is missing, expired or foreign is logged, and waits for a new SVID."""
+        self._seen = self._mark()
         chain_file, bundle_file = self._directory / "svid.pem", self._directory / "bundle.pem"
         if not chain_file.exists() or not bundle_file.exists():
             return
@@ -63,6 +68,23 @@ class TlsIdentity:
             raise ConfigInvalid(
                 f"{self._directory}: svid.pem or bundle.pem cannot be read: {error.strerror}"
             ) from error
+
+    async def follow(self, on_installed: Callable[[], Awaitable[None]]) -> None:
+        """Takes up what another front end on the same directory installs: certificates come to one of them."""
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            if await asyncio.to_thread(self._mark) != self._seen:
+                await asyncio.to_thread(self.load)
+                if self.installed is not None:
+                    await on_installed()
+
+    def _mark(self) -> tuple[int, int] | None:
+        """Changes with each installation: a file that is written whole gets a new inode."""
+        try:
+            status = (self._directory / "svid.pem").stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
 
     def build_csr(self, asked: str) -> bytes:
         """A CSR (DER) for `asked`, or for the configured SPIFFE ID when that is empty. Raises: InvalidRequest, FailedPrecondition."""
@@ -85,6 +107,7 @@ class TlsIdentity:
         installed = self._verified(chain, authorities, expected=self._expected_id())
         write_atomic(self._directory / "bundle.pem", to_pem(authorities))
         write_atomic(self._directory / "svid.pem", to_pem(chain))
+        self._seen = self._mark()
         self._use(installed)
         return installed.svid
 

@@ -34,9 +34,10 @@ from keyreeve_keyserver.backends.ports import Backend
 from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.backends.vault_backend import VaultBackend
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
-from keyreeve_keyserver.backends.worker_pool import PoolPolicy
+from keyreeve_keyserver.backends.worker_place import PoolPolicy
 from keyreeve_keyserver.domain.breaker import BreakerPolicy
 from keyreeve_keyserver.domain.keys import Custody
+from keyreeve_keyserver.domain.pair import Pair, parse_pair
 from keyreeve_keyserver.hardening.lockdown import (
     Card,
     Protections,
@@ -77,10 +78,11 @@ def main() -> int:
     configure_logging("signer")
     warnings.simplefilter("error", UserWarning)  # a certificate that cryptography warns about is refused
     try:
-        config = load_config(SignerConfig, arguments.config)
+        pair = parse_pair(arguments.pair)
+        config = load_config(SignerConfig, arguments.config).of_pair(pair)
         _check(config, listens=arguments.listen is not None)
         if not arguments.check_config:
-            asyncio.run(_run(config, arguments, protections))
+            asyncio.run(_run(config, arguments, protections, pair))
     except TokenPinIncorrect as error:
         log_error("start_refused", error=error.code.value, detail=error.detail)
         return EXIT_PIN
@@ -101,6 +103,7 @@ def _arguments() -> argparse.Namespace:
     how.add_argument("--listen", type=Path, help="socket file to make and serve")
     how.add_argument("--check-config", action="store_true", help="read the configuration and exit")
     parser.add_argument("--launcher-fd", type=int, help="inherited socket of a launcher that the supervisor started")
+    parser.add_argument("--pair", default="1/1", help="NUMBER/COUNT: which of a host's signers this is")
     return parser.parse_args()
 
 
@@ -128,7 +131,7 @@ def _may_see(path: Path) -> bool:
         return False
 
 
-async def _run(config: SignerConfig, arguments: argparse.Namespace, protections: Protections) -> None:
+async def _run(config: SignerConfig, arguments: argparse.Namespace, protections: Protections, pair: Pair) -> None:
     # 1. While everything may still be opened: what reads a secret or another file, and the launcher, which has to exec.
     with_workers = {each.name: _backend(each) for each in config.backend if each.kind is not BackendKind.SOFTWARE}
     kek = _key_encryption_key(config, with_workers)
@@ -142,7 +145,7 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace, protections:
     # 3. All that serves; system calls last, in `_lock`.
     backends = {each.name: with_workers.get(each.name) or _backend(each) for each in config.backend}
     keys, now = KeyTable(), _now
-    sealer, audit = Sealer(kek), _audit_log(config, kek)
+    sealer, audit = Sealer(kek), _audit_log(config, kek, pair)
     metrics = SignerMetrics()
     metrics.watch(backends, keys, audit, protections)
     server = Server(
@@ -238,11 +241,11 @@ def _written(config: SignerConfig) -> list[Path]:
     return [config.audit.directory]
 
 
-def _audit_log(config: SignerConfig, kek: KeyEncryptionKey) -> AuditLog:
+def _audit_log(config: SignerConfig, kek: KeyEncryptionKey, pair: Pair) -> AuditLog:
     if config.audit is None:
         log_warning("audit_log_off", detail="signer.toml has no [audit]: no signature is recorded")
         return NullAuditLog()
-    return FileAuditLog(config.audit, kek, now=_now)
+    return FileAuditLog(config.audit, kek, now=_now, pair=pair)
 
 
 def _backend(config: BackendConfig) -> Backend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -17,6 +18,7 @@ from keyreeve_common.vault.config import VaultConfig, check_mount
 from keyreeve_keyserver.audit.config import AuditConfig
 from keyreeve_keyserver.backends.engines import EngineChoice
 from keyreeve_keyserver.backends.qat_engine import DEFAULT_PROVIDER
+from keyreeve_keyserver.domain.pair import Pair
 from keyreeve_keyserver.hardening.lockdown import Protection
 
 MAX_WORKERS = 64
@@ -162,6 +164,12 @@ class BackendConfig:
             _require(getattr(self, key) is None, f"backend {self.name}: {key} is for kind pkcs11 only")
         _require(not self.writes, f"backend {self.name}: writes is for kind pkcs11 only")
 
+    @property
+    def workers_wanted(self) -> int:
+        """How many workers this host is to have, where none are configured too."""
+        defaults = {BackendKind.SOFTWARE: len(os.sched_getaffinity(0)), BackendKind.PKCS11: 2, BackendKind.VAULT: 4}
+        return self.workers or defaults[self.kind]
+
     def token(self) -> Pkcs11Uri:
         """The token of a PKCS#11 backend, with its module and the file of its PIN. Raises: ConfigInvalid."""
         uri = Pkcs11Uri(token=self.token_label) if self.uri is None else self._parsed(self.uri)
@@ -256,6 +264,16 @@ class SignerConfig:
         _require(len(with_card) <= 1, "two backends have engine qat: the card's library is one for the whole process")
         by = self.sealing.vault_backend
         _require(by is None or by in vaults, "sealing.vault_backend names no backend of kind vault")
+
+    def of_pair(self, pair: Pair) -> SignerConfig:
+        """What the signer of this pair goes by: an audit log of its own, and its share of the workers, of which a token may bear few."""
+        if pair.is_alone:
+            return self
+        audit = self.audit
+        if audit is not None:
+            audit = replace(audit, directory=pair.path(audit.directory), origin=pair.name(audit.origin))
+        backends = tuple(replace(each, workers=pair.share(each.workers_wanted)) for each in self.backend)
+        return replace(self, audit=audit, backend=backends)
 
     @property
     def default_name(self) -> str:

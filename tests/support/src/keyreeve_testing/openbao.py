@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from keyreeve_keyserver.backends.vault_backend import VaultBackend
-from keyreeve_keyserver.backends.worker_pool import PoolPolicy
+from keyreeve_keyserver.backends.worker_place import PoolPolicy
 from keyreeve_keyserver.signer.config import TransitConfig
 
 from keyreeve_testing.processes import ManagedProcess, ProcessFailed, free_port

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from hypothesis import given
 from hypothesis import strategies as st
 from keyreeve_common.errors import Internal, PurposeMismatch, SchemeNotSupported
 from keyreeve_common.schemes import KeyType, SignatureScheme
 
 mechanisms = pytest.importorskip("keyreeve_keyserver.backends.pkcs11_mechanisms")
+
+P256 = mechanisms.ways(SignatureScheme.ECDSA_SECP256R1_SHA256, prehashed=False)[0]
+# Also those with leading zero bytes, and the highest bit of a byte set.
+NUMBERS = st.integers(0, 2**256 - 1) | st.integers(0, 2**20) | st.sampled_from([0, 127, 128, 2**255, 2**256 - 1])
 
 
 def test_tables_are_complete() -> None:
@@ -23,17 +27,18 @@ def test_pss_salt_is_as_long_as_the_digest() -> None:
         assert (how.parameter[0].name, how.parameter[1].name, how.parameter[2]) == (scheme, scheme, length)
 
 
-@given(st.integers(1, 2**256 - 1), st.integers(1, 2**256 - 1))
+@given(NUMBERS, NUMBERS)
 def test_raw_and_der_agree(r: int, s: int) -> None:
     raw = r.to_bytes(32, "big") + s.to_bytes(32, "big")
-    der = mechanisms.signature_der(SignatureScheme.ECDSA_SECP256R1_SHA256, raw)
+    der = P256.signature_of(raw)
     assert decode_dss_signature(der) == (r, s)
+    assert der == encode_dss_signature(r, s)
 
 
 def test_signature_of_another_length_is_refused() -> None:
     for length in (0, 63, 65, 96):
         with pytest.raises(Internal):
-            mechanisms.signature_der(SignatureScheme.ECDSA_SECP256R1_SHA256, bytes(length))
+            P256.signature_of(bytes(length))
 
 
 def test_what_a_token_lacks_is_not_offered() -> None:
@@ -65,11 +70,13 @@ def test_pkcs1_digests_stand_in_a_digest_info() -> None:
         (SignatureScheme.RSA_PKCS1_SHA512, "3051300d060960864801650304020305000440"),
     ):
         size = int(head[-2:], 16)
-        assert mechanisms.digest_input(scheme, b"d" * size).hex() == head + "64" * size
+        (way,) = mechanisms.ways(scheme, prehashed=True)
+        assert way.input_of(b"d" * size).hex() == head + "64" * size
         for wrong in (0, 20, size - 1, size + 1):
             with pytest.raises(PurposeMismatch):
-                mechanisms.digest_input(scheme, bytes(wrong))
-    assert mechanisms.digest_input(SignatureScheme.RSA_PSS_RSAE_SHA256, bytes(32)) == bytes(32)
+                way.input_of(bytes(wrong))
+    (way,) = mechanisms.ways(SignatureScheme.RSA_PSS_RSAE_SHA256, prehashed=True)
+    assert way.input_of(bytes(32)) == bytes(32)
 
 
 def test_each_scheme_has_a_second_way_and_it_is_offered_by_it() -> None:

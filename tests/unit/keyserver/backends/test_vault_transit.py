@@ -62,21 +62,21 @@ def item(message: bytes = b"m", **changes: Any) -> TokenSignItem:
     fields: dict[str, Any] = {
         "ref": REF,
         "scheme": SignatureScheme.ECDSA_SECP256R1_SHA256,
-        "deadline_ms": 10_000,
+        "deadline_us": int((time.monotonic() + 10) * 1_000_000),
         "message": message,
     }
     return TokenSignItem(**{**fields, **changes})
 
 
 def sign(results: Any, *items: TokenSignItem) -> list[bytes | KeyreeveError]:
-    return transit(post={"data": {"batch_results": results}}).sign(items or [item()], received=time.monotonic())
+    return transit(post={"data": {"batch_results": results}}).sign(items or [item()])
 
 
 def test_items_of_one_key_and_scheme_go_in_one_call() -> None:
     good = {"signature": f"vault:v1:{SIGNATURE}", "key_version": 1}
     made = transit(post={"data": {"batch_results": [good, good]}})
-    items = [item(b"a"), item(b"b"), item(b"c", ref="keyreeve-4567-v1"), item(b"d", deadline_ms=0)]
-    outcomes = made.sign(items, received=time.monotonic())
+    items = [item(b"a"), item(b"b"), item(b"c", ref="keyreeve-4567-v1"), item(b"d", deadline_us=0)]
+    outcomes = made.sign(items)
     assert outcomes[:2] == [b"s" * 64] * 2
     assert isinstance(outcomes[2], Internal)  # one item, two results
     assert isinstance(outcomes[3], DeadlineExceeded)
@@ -107,7 +107,7 @@ def test_items_of_one_key_and_scheme_go_in_one_call() -> None:
 )
 def test_no_default_of_vault_decides_what_a_signature_is(scheme: SignatureScheme, expected: dict[str, str]) -> None:
     made = transit(post={"data": {"batch_results": []}})
-    made.sign([item(scheme=scheme)], received=time.monotonic())
+    made.sign([item(scheme=scheme)])
     ((_, body),) = made._session.posted  # type: ignore[attr-defined]
     assert {name: body[name] for name in body.keys() - {"key_version", "prehashed", "batch_input"}} == expected
 
@@ -156,7 +156,7 @@ _RESULT = st.dictionaries(st.sampled_from(["signature", "key_version", "error"])
 def test_any_answer_is_a_typed_error(answer: Any) -> None:
     if not isinstance(answer, dict):
         answer = {"data": answer}
-    (outcome,) = transit(post=answer).sign([item()], received=time.monotonic())
+    (outcome,) = transit(post=answer).sign([item()])
     assert isinstance(outcome, KeyreeveError)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -18,7 +19,8 @@ from keyreeve_keyserver.backends.launch import WorkerSpec
 from keyreeve_keyserver.backends.pkcs11_backend import PROGRAM
 from keyreeve_keyserver.backends.ports import SignatureMismatch, SignRequest
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
-from keyreeve_keyserver.backends.worker_pool import PoolPolicy
+from keyreeve_keyserver.backends.worker_place import PoolPolicy
+from keyreeve_keyserver.backends.worker_queue import Job, Lane
 from keyreeve_keyserver.domain.keys import Custody, KeyRecord
 from keyreeve_keyserver.hardening.lockdown import Reach
 
@@ -33,10 +35,16 @@ class PlayedPool:
     def __init__(self, signature: bytes) -> None:
         self.signature = signature
 
-    async def ask(self, question: frames.Question, **_: object) -> frames.Answer:
-        if isinstance(question, frames.TokenSign):
-            return frames.TokenSigned((self.signature,) * len(question.items))
+    async def ask(self, _question: frames.Question, **_: object) -> frames.Answer:
         return frames.Done({})
+
+    def share(self, _lane: Lane, items: int) -> int:
+        return items
+
+    def submit(self, question: frames.TokenSign, **_: object) -> Job:
+        job = Job(question, asyncio.get_running_loop().create_future(), None)
+        job.answer.set_result(frames.TokenSigned((self.signature,) * len(question.items)))
+        return job
 
 
 def _flipped(signature: bytes) -> bytes:

@@ -17,7 +17,7 @@ ITEMS = st.builds(
     frames.TokenSignItem,
     REFS,
     st.sampled_from(SignatureScheme),
-    st.integers(0, 0xFFFFFFFF),
+    st.integers(0, 2**64 - 1),
     st.binary(max_size=200),
     prehashed=st.booleans(),
     wrapped=st.binary(max_size=99),

@@ -15,7 +15,7 @@ from keyreeve_common.v1 import ca_pb2, keyserver_pb2
 from keyreeve_client.agent.sign_socket_client import SignSocketClient
 from keyreeve_client.cli.connections import CaStubs, KeyServerStubs, ca, key_server
 from keyreeve_client.cli.doctor.findings import Finding, failed, ok, run, skipped, warning
-from keyreeve_client.cli.doctor.installation import Installation
+from keyreeve_client.cli.doctor.installation import ConfigFile, Installation
 from keyreeve_client.cli.svids import read_agent_status
 
 RPC_TIMEOUT_S = 5.0
@@ -30,26 +30,40 @@ def check_key_server(installation: Installation, now: datetime) -> Iterator[Find
     if config is None:
         yield skipped("key server", "no keyserver.toml: this host does not run it")
         return
-    socket = config.file("admin_socket") or installation.key_server_socket
+    first = config.file("admin_socket") or installation.key_server_socket
+    sockets = [first, *_further_pairs(first, config)]
+    for number, socket in enumerate(sockets, start=1):
+        yield from _check_one(socket, now, pair=f" (pair {number})" if len(sockets) > 1 else "")
+
+
+def _further_pairs(first: Path, config: ConfigFile) -> list[Path]:
+    """The admin sockets of the host's other front ends: those that are configured, and those of units of their own that are there."""
+    count = max(config.integer("supervisor", "pairs") or 1, 1)
+    while first.with_name(f"{first.stem}-{count + 1}{first.suffix}").exists():
+        count += 1
+    return [first.with_name(f"{first.stem}-{number}{first.suffix}") for number in range(2, count + 1)]
+
+
+def _check_one(socket: Path, now: datetime, *, pair: str) -> Iterator[Finding]:
     try:
         with key_server(socket) as stubs:
             health = stubs.health.Check(keyserver_pb2.HealthRequest(), timeout=RPC_TIMEOUT_S)
-            yield _serving("key server", health.serving, f"version {health.version} {health.detail}".strip())
+            yield _serving(f"key server{pair}", health.serving, f"version {health.version} {health.detail}".strip())
             for backend in health.backends:
                 detail = f"{backend.custody or 'custody unknown'}, {backend.workers} workers; {backend.detail}".rstrip(
                     "; "
                 )
-                yield _serving(f"backend {backend.name}", backend.serving, detail)
+                yield _serving(f"backend {backend.name}{pair}", backend.serving, detail)
                 if backend.engine:
                     yield _engine(backend)
             if health.HasField("svid_not_after"):
-                yield _expiry("key server's SVID", _time(health.svid_not_after), now, timedelta(minutes=5),
+                yield _expiry(f"key server's SVID{pair}", _time(health.svid_not_after), now, timedelta(minutes=5),
                               "is the CA up and able to reach it? `keyreeve init` mends an expired one")  # fmt: skip
             else:
-                yield failed("key server's SVID", "it has none yet", "run `keyreeve init` on the CA's host")
+                yield failed(f"key server's SVID{pair}", "it has none yet", "run `keyreeve init` on the CA's host")
             yield _key_clock(stubs, now)
     except KeyreeveError as error:
-        yield failed("key server", f"{socket}: {error}", "is keyreeve-keyserver running? look at its log")
+        yield failed(f"key server{pair}", f"{socket}: {error}", "is keyreeve-keyserver running? look at its log")
 
 
 def _serving(check: str, serving: bool, detail: str) -> Finding:

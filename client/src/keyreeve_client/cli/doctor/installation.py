@@ -20,10 +20,19 @@ class ConfigFile:
     values: dict[str, Any]
 
     def text(self, *keys: str) -> str | None:
+        value = self._value(*keys)
+        return value if isinstance(value, str) and value else None
+
+    def integer(self, *keys: str) -> int | None:
+        """None also for what is no number: the service itself says so when it reads its file."""
+        value = self._value(*keys)
+        return value if type(value) is int else None
+
+    def _value(self, *keys: str) -> Any:
         value: Any = self.values
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        return value if isinstance(value, str) and value else None
+        return value
 
     def file(self, *keys: str) -> Path | None:
         """A path in the file; relative ones are relative to the file, as the services take them."""
