@@ -181,6 +181,15 @@ def pack_results(results: Iterable[SignResult]) -> bytes:
     return b"".join(parts)
 
 
+def pack_signatures(ids: Iterable[int], signatures: Iterable[bytes]) -> bytes:
+    """As `pack_results` of these, one signature for each id."""
+    pack = _SIGNED_HEAD.pack
+    parts: list[bytes] = []
+    for item_id, signature in zip(ids, signatures, strict=True):
+        parts += (pack(item_id, 0, len(signature)), signature)
+    return b"".join(parts)
+
+
 def with_count(count: int, encodings: bytes) -> bytes:
     """A packed batch: how many there are, in two bytes, then their encodings."""
     return u16(count) + encodings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
@@ -26,9 +26,9 @@ from keyreeve_common.sign_batch import (
     SignItem,
     SignResult,
     error_bytes,
-    new_signed,
     pack_items,
     pack_results,
+    pack_signatures,
     read_detail,
     read_error,
     read_items,
@@ -80,9 +80,9 @@ class SignBatch:
         return _frame(SIGN_BATCH, head + data)
 
 
-def signed_results(ids: Iterable[int], signatures: Iterable[bytes]) -> list[SignResult]:
-    """A result for each of these items, in order."""
-    return list(map(new_signed, zip(ids, signatures, strict=True)))
+def signed_results(ids: list[int], signatures: Sequence[bytes]) -> PackedResults:
+    """A signature for each of these items, in order."""
+    return PackedResults(pack_signatures(ids, signatures), ids, all_signed=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class SignResults:
 
     def to_bytes(self) -> bytes:
         _require_count(len(self.results))
-        return _frame(SIGN_RESULTS, u32(self.batch_id) + u16(len(self.results)) + pack_results(self.results))
+        return _frame(SIGN_RESULTS, u32(self.batch_id) + u16(len(self.results)) + _packed(self.results))
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +294,10 @@ def _json_bytes(value: JsonObject) -> bytes:
     if len(data) > MAX_CONTROL_BYTES:
         raise InvalidRequest(f"control object has {len(data)} bytes, at most {MAX_CONTROL_BYTES} are allowed")
     return data
+
+
+def _packed(results: Sequence[SignResult]) -> bytes:
+    return results.data if isinstance(results, PackedResults) else pack_results(results)
 
 
 def _require_count(count: int) -> None:

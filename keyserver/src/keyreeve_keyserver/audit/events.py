@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import TypeVar
 
-from keyreeve_common.errors import ErrorCode, InvalidRequest
+from keyreeve_common.errors import ErrorCode, InvalidRequest, KeyreeveError
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import AUTHORITY_ROLES
 from keyreeve_common.trace import REQUEST_ID_BYTES
@@ -24,7 +24,7 @@ from keyreeve_common.transparency.records import (
 
 from keyreeve_keyserver.audit.hashes import sha256_each
 from keyreeve_keyserver.domain.keys import KeyRecord
-from keyreeve_keyserver.frames import JsonObject, Refused, SignBatch, Signed, SignResult
+from keyreeve_keyserver.frames import JsonObject, SignItem
 
 MAX_EVENTS = 256
 _SIGNERS_OWN = frozenset({Event.SIGNATURE, Event.LOG_STARTED, Event.LOG_REPAIRED})
@@ -40,38 +40,30 @@ class SignRecords:
     before its results are recorded.
     """
 
-    def __init__(self, batch: SignBatch) -> None:
-        self._caller = batch.caller
-        self._items = {item.id: item for item in batch.items}
+    def __init__(self, caller: str) -> None:
+        self._caller = caller
         self.authorities: dict[KeyId, bool] = {}
 
-    def entries(self, results: Sequence[SignResult], *, time_us: int) -> list[bytes]:
-        """One record for each result but those that say `key_not_found` of a key that is not loaded: no decision, and the item comes again."""
-        signed = [result for result in results if isinstance(result, Signed)]
-        entries = self._signatures(signed, time_us)
-        if len(signed) < len(results):
-            entries += [self._refusal(result, time_us) for result in results if self._is_decided_refusal(result)]
-        return entries
-
-    def _signatures(self, results: Sequence[Signed], time_us: int) -> list[bytes]:
+    def of_signatures(self, items: Sequence[SignItem], signatures: list[bytes], *, time_us: int) -> list[bytes]:
+        """One record for each of these items, whose signatures are these."""
         caller, authorities = self._caller, self.authorities
-        items = list(map(self._items.__getitem__, [result.id for result in results]))
-        uses = [(caller, item.key_id, item.purpose, item.scheme, authorities[item.key_id]) for item in items]
         return signature_entries(
             time_us,
-            uses,
+            [(caller, item.key_id, item.purpose, item.scheme, authorities[item.key_id]) for item in items],
             request_ids=[item.trace[:REQUEST_ID_BYTES] for item in items],
             message_hashes=sha256_each([item.message for item in items]),
-            signature_hashes=sha256_each([result.signature for result in results]),
+            signature_hashes=sha256_each(signatures),
         )
 
-    def _is_decided_refusal(self, result: SignResult) -> bool:
-        if isinstance(result, Signed):
-            return False
-        return result.error.code is not ErrorCode.KEY_NOT_FOUND or self._items[result.id].key_id in self.authorities
+    def of_refusals(self, refused: Sequence[tuple[SignItem, KeyreeveError]], *, time_us: int) -> list[bytes]:
+        """One record for each but `key_not_found` of a key that is not loaded: that is no decision, and the item comes again."""
+        return [
+            self._refusal(item, error, time_us)
+            for item, error in refused
+            if error.code is not ErrorCode.KEY_NOT_FOUND or item.key_id in self.authorities
+        ]
 
-    def _refusal(self, result: SignResult, time_us: int) -> bytes:
-        item = self._items[result.id]
+    def _refusal(self, item: SignItem, error: KeyreeveError, time_us: int) -> bytes:
         return AuditRecord(
             time_us=time_us,
             source=Source.SIGNER,
@@ -81,7 +73,7 @@ class SignRecords:
             key_id=item.key_id,
             purpose=item.purpose,
             scheme=item.scheme,
-            code=result.error.rendering.wire if isinstance(result, Refused) else 0,
+            code=error.rendering.wire,
             marks=marks_of(item.purpose, authority_key=self.authorities.get(item.key_id, False)),
             message_hash=sha256(item.message).digest(),
         ).to_bytes()

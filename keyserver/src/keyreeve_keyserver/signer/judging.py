@@ -67,8 +67,8 @@ class KeyTable:
 
 def judge_item(
     item: SignItem, loaded: LoadedKey | None, *, received: float, now: datetime, max_message: int
-) -> tuple[SignRequest, bool]:
-    """The request to hand to a backend, and whether that was quick to find. Order: length, key, role and purpose, scheme, form.
+) -> tuple[SignRequest, Rule]:
+    """The request to hand to a backend, and the rule that lets it through. Order: length, key, role and purpose, scheme, form.
 
     Raises: MessageTooLarge, KeyNotFound, PurposeNotPermitted, SchemeNotSupported, PurposeMismatch, ProfileViolation, DeadlineExceeded.
     """
@@ -82,4 +82,4 @@ def judge_item(
     if item.deadline_ms == 0:
         raise DeadlineExceeded("deadline_ms is 0")
     deadline = received + item.deadline_ms / 1000
-    return SignRequest(loaded.record, rule.scheme, message, deadline, rule.purpose is Purpose.DIGEST), rule.quick
+    return SignRequest(loaded.record, rule.scheme, message, deadline, rule.purpose is Purpose.DIGEST), rule

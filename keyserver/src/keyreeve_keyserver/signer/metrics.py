@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sized
 
 from keyreeve_common.errors import KeyreeveError
 from keyreeve_common.metrics import MetricSet
 from keyreeve_common.schemes import SignatureScheme
 
 from keyreeve_keyserver.audit.ports import AuditLog, AuditStatus
-from keyreeve_keyserver.backends.ports import Backend, BackendHealth, BackendState, SignOutcome
+from keyreeve_keyserver.backends.ports import Backend, BackendHealth, BackendState
 from keyreeve_keyserver.hardening.lockdown import Protections
 
 
 class SignerMetrics(MetricSet):
-    def lane_done(self, backend: str, schemes: Sequence[int], outcomes: Sequence[SignOutcome], seconds: float) -> None:
-        """One lane of a batch came back from its backend after `seconds`; `schemes` are the items' code points, in order."""
+    def lane_done(self, backend: str, seconds: float) -> None:
+        """One lane of a batch came back from its backend."""
         self.observe("keyreeve_signer_backend_seconds", backend, seconds=seconds)
-        signed = Counter(schemes)
-        for scheme, outcome in zip(schemes, outcomes, strict=True):
-            if isinstance(outcome, KeyreeveError):
-                self.refused(outcome)
-                signed[scheme] -= 1
-        for scheme, times in signed.items():
-            if times:
-                self.count("keyreeve_signer_signatures_total", backend, SignatureScheme(scheme).iana_name, by=times)
+
+    def signed(self, backend: str, schemes: Iterable[int]) -> None:
+        """Signatures of these schemes, by code point."""
+        for scheme, times in Counter(schemes).items():
+            self.count("keyreeve_signer_signatures_total", backend, SignatureScheme(scheme).iana_name, by=times)
 
     def refused(self, error: KeyreeveError) -> None:
         self.count("keyreeve_signer_refusals_total", error.code.value)

@@ -8,28 +8,29 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from keyreeve_common.errors import AuditUnavailable, Internal, KeyreeveError, TokenUnavailable
+from keyreeve_common.key_id import KeyId
 from keyreeve_common.telemetry import log_exception, log_warning
 from keyreeve_common.transparency.records import microseconds
 
 from keyreeve_keyserver.audit.events import SignRecords
 from keyreeve_keyserver.audit.ports import AuditLog, NullAuditLog
-from keyreeve_keyserver.backends.ports import Backend, SignRequest
+from keyreeve_keyserver.backends.ports import Backend, SignOutcome, SignRequest, new_request
+from keyreeve_keyserver.domain.purposes import Rule
 from keyreeve_keyserver.frames import (
     Refused,
     SignBatch,
-    Signed,
     SignItem,
     SignResult,
     SignResults,
     Spans,
     signed_results,
 )
-from keyreeve_keyserver.signer.judging import KeyTable, judge_item
+from keyreeve_keyserver.signer.judging import KeyTable, LoadedKey, judge_item
 from keyreeve_keyserver.signer.metrics import SignerMetrics
 from keyreeve_keyserver.signer.spans import BACKEND, JUDGE, RECORD, SpanLog, now_us
 
@@ -39,12 +40,39 @@ _BYTES_AS_LONG_AS_AN_ITEM = 512
 
 @dataclass(slots=True)
 class _Lane:
-    """Items of one batch that go to one backend together, as columns: their requests stand in the order of their ids."""
+    """Items of one batch that go to one backend together; their requests stand in their order."""
 
     backend: str
-    ids: list[int] = field(default_factory=list)
-    schemes: list[int] = field(default_factory=list)
+    items: list[SignItem] = field(default_factory=list)
     requests: list[SignRequest] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Judged:
+    """What became of the items of a batch. Items of like deadlines and of one type of key go together in a lane, so that none is answered
+    much after it is signed.
+    """
+
+    records: SignRecords
+    refused: list[tuple[SignItem, KeyreeveError]] = field(default_factory=list)
+    lanes: dict[tuple[str, int], _Lane] = field(default_factory=dict)
+
+    def lane(self, loaded: LoadedKey, deadline_ms: int) -> _Lane:
+        kind = (loaded.lane, deadline_ms.bit_length())
+        found = self.lanes.get(kind)
+        if found is None:
+            found = self.lanes[kind] = _Lane(loaded.record.backend)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """`signatures` are those of `signed`, in order."""
+
+    backend: str = ""
+    signed: Sequence[SignItem] = ()
+    signatures: list[bytes] = field(default_factory=list)
+    refused: Sequence[tuple[SignItem, KeyreeveError]] = ()
 
 
 class SigningService:
@@ -70,105 +98,134 @@ class SigningService:
     async def sign(self, batch: SignBatch) -> AsyncIterator[SignResults | Spans]:
         """The results of a batch: the refusals first, then one frame for each lane as it is done; before each, the spans of what is traced."""
         spans, began_us = SpanLog.of(batch.items), now_us()
-        refused: list[SignResult] = []
-        lanes: dict[tuple[str, int], _Lane] = {}
-        records = SignRecords(batch)
-        await self._judge_all(batch.items, refused, lanes, records)
-        _log_digests(batch, lanes.values())
+        judged = _Judged(SignRecords(batch.caller))
+        await self._judge_all(batch.items, judged)
+        _log_digests(batch, judged.lanes.values())
         spans.step(JUDGE, spans.traces, began_us)
-        if refused:
-            for result in refused:
-                if isinstance(result, Refused):
-                    self._metrics.refused(result.error)
-            self._log_refusals(batch, refused)
-            for frame in await self._answers(batch, refused, records, spans):
+        if judged.refused:
+            for _, error in judged.refused:
+                self._metrics.refused(error)
+            self._log_refusals(batch, judged.refused)
+            for frame in await self._answers(batch, _Results(refused=judged.refused), judged.records, spans):
                 yield frame
-        signing = [self._sign_lane(lane, spans) for lane in lanes.values()]
+        signing = [self._sign_lane(batch, lane, judged.records, spans) for lane in judged.lanes.values()]
         # A batch is nearly always of one lane: no task for that.
         for done in asyncio.as_completed(signing) if len(signing) > 1 else signing:
-            for frame in await self._answers(batch, await done, records, spans):
+            for frame in await done:
                 yield frame
 
-    async def _judge_all(
-        self,
-        items: Iterable[SignItem],
-        refused: list[SignResult],
-        lanes: dict[tuple[str, int], _Lane],
-        records: SignRecords,
-    ) -> None:
+    async def _judge_all(self, items: Iterable[SignItem], judged: _Judged) -> None:
         received, now, since_pause = time.monotonic(), self._now(), 0
+        known: dict[
+            tuple[KeyId, int, int, int], tuple[Rule, _Lane]
+        ] = {}  # uses whose form is fixed, since the last pause
         for item in items:
             if since_pause >= _JUDGED_AT_ONCE:
                 await asyncio.sleep(0)  # certificates and CRLs take long to judge: let other batches in
                 now, since_pause = self._now(), 0
-            loaded, quick = self._keys.loaded(item.key_id), False
-            if loaded is not None:
-                records.authorities[item.key_id] = loaded.is_authority
-            try:
-                request, quick = judge_item(item, loaded, received=received, now=now, max_message=self._max_message)
-            except KeyreeveError as error:
-                refused.append(Refused(item.id, error))
-            except Exception:
-                log_exception("judging_failed", purpose=item.purpose, message_bytes=len(item.message))
-                refused.append(Refused(item.id, Internal("the signer failed to judge this message")))
+                known.clear()  # a key may be gone
+            _, key_id, scheme, purpose, deadline_ms, message, _ = item
+            use = (key_id, purpose, scheme, deadline_ms.bit_length())
+            if (found := known.get(use)) is not None:
+                rule, lane = found
+                fixed = rule.fixed
+                if fixed is not None and len(message) in fixed.lengths and message.startswith(fixed.head):
+                    deadline = received + deadline_ms / 1000
+                    lane.items.append(item)
+                    lane.requests.append(new_request((rule.record, rule.scheme, message, deadline, False, None)))
+                    continue
+            rule_used = self._judge(item, judged, received, now)
+            if (
+                rule_used is not None
+                and rule_used.fixed is not None
+                and self._max_message >= rule_used.fixed.lengths[-1]
+            ):
+                loaded = self._keys.loaded(key_id)
+                if loaded is not None:
+                    known[use] = (rule_used, judged.lane(loaded, deadline_ms))
             else:
-                # Items of like deadlines and of one type of key go together, so that none is answered much after it is signed.
-                kind = (loaded.lane if loaded else "", item.deadline_ms.bit_length())
-                lane = lanes.get(kind)
-                if lane is None:
-                    lane = lanes[kind] = _Lane(request.record.backend)
-                lane.ids.append(item.id)
-                lane.schemes.append(item.scheme)
-                lane.requests.append(request)
-            if not quick:
-                since_pause += 1 + len(item.message) // _BYTES_AS_LONG_AS_AN_ITEM
+                since_pause += 1 + len(message) // _BYTES_AS_LONG_AS_AN_ITEM
+
+    def _judge(self, item: SignItem, judged: _Judged, received: float, now: datetime) -> Rule | None:
+        """Puts the item into its lane, or among the refused; the rule that let it through."""
+        loaded = self._keys.loaded(item.key_id)
+        if loaded is not None:
+            judged.records.authorities[item.key_id] = loaded.is_authority
+        try:
+            request, rule = judge_item(item, loaded, received=received, now=now, max_message=self._max_message)
+        except KeyreeveError as error:
+            judged.refused.append((item, error))
+            return None
+        except Exception:
+            log_exception("judging_failed", purpose=item.purpose, message_bytes=len(item.message))
+            judged.refused.append((item, Internal("the signer failed to judge this message")))
+            return None
+        assert loaded is not None  # noqa: S101 - judge_item refused it else
+        lane = judged.lane(loaded, item.deadline_ms)
+        lane.items.append(item)
+        lane.requests.append(request)
+        return rule
+
+    async def _sign_lane(
+        self, batch: SignBatch, lane: _Lane, records: SignRecords, spans: SpanLog
+    ) -> list[SignResults | Spans]:
+        """The frames with the results of a lane, once they are in the audit log."""
+        outcomes = await self._outcomes(lane, spans)
+        signatures = [outcome for outcome in outcomes if isinstance(outcome, bytes)]
+        if len(signatures) == len(outcomes):
+            return await self._answers(batch, _Results(lane.backend, lane.items, signatures), records, spans)
+        pairs = list(zip(lane.items, outcomes, strict=True))
+        refused = [(item, outcome) for item, outcome in pairs if isinstance(outcome, KeyreeveError)]
+        signed = [item for item, outcome in pairs if isinstance(outcome, bytes)]
+        for _, error in refused:
+            self._metrics.refused(error)
+        return await self._answers(batch, _Results(lane.backend, signed, signatures, refused), records, spans)
+
+    async def _outcomes(self, lane: _Lane, spans: SpanLog) -> Sequence[SignOutcome]:
+        backend = self._backends.get(lane.backend)
+        if backend is None:
+            return [TokenUnavailable(f"this signer has no backend {lane.backend}")] * len(lane.items)
+        ids = [item.id for item in lane.items] if spans else []
+        requests = spans.watched(ids, lane.requests) if spans else lane.requests
+        began, began_us = time.monotonic(), now_us()
+        try:
+            outcomes = await backend.sign(requests)
+        except Exception:
+            log_exception("backend_failed", backend=lane.backend)
+            return [Internal("the backend failed")] * len(lane.items)
+        spans.step(BACKEND, ids, began_us, lane.backend)
+        self._metrics.lane_done(lane.backend, time.monotonic() - began)
+        return outcomes
 
     async def _answers(
-        self, batch: SignBatch, results: list[SignResult], records: SignRecords, spans: SpanLog
+        self, batch: SignBatch, found: _Results, records: SignRecords, spans: SpanLog
     ) -> list[SignResults | Spans]:
+        """The frame with these results once they are in the audit log; where they cannot be, none leaves and every item is refused."""
         began_us = now_us()
-        answer = SignResults(batch.batch_id, await self._recorded(results, records))
+        if self._audit.enabled:
+            time_us = microseconds(self._now())
+            entries = records.of_signatures(found.signed, found.signatures, time_us=time_us) if found.signed else []
+            entries += records.of_refusals(found.refused, time_us=time_us)
+            try:
+                await self._audit.append(entries)
+            except AuditUnavailable as error:
+                found = _Results(
+                    refused=[(item, error) for item in (*found.signed, *(item for item, _ in found.refused))]
+                )
+        self._metrics.signed(found.backend, [item.scheme for item in found.signed])
+        results: Sequence[SignResult] = signed_results([item.id for item in found.signed], found.signatures)
+        if found.refused:
+            results = [*results, *(Refused(item.id, error) for item, error in found.refused)]
+        answer = SignResults(batch.batch_id, results)
         if not spans:
             return [answer]
         spans.step(RECORD, [result.id for result in results], began_us)
         taken = spans.taken()
         return [Spans(taken), answer] if taken else [answer]
 
-    async def _recorded(self, results: list[SignResult], records: SignRecords) -> list[SignResult]:
-        """These results once they are in the audit log; where they cannot be, none leaves and every item is refused."""
-        if self._audit.enabled:
-            entries = records.entries(results, time_us=microseconds(self._now()))
-            try:
-                await self._audit.append(entries)
-            except AuditUnavailable as error:
-                return [Refused(result.id, error) for result in results]
-        return results
-
-    async def _sign_lane(self, lane: _Lane, spans: SpanLog) -> list[SignResult]:
-        backend = self._backends.get(lane.backend)
-        if backend is None:
-            error = TokenUnavailable(f"this signer has no backend {lane.backend}")
-            return [Refused(item_id, error) for item_id in lane.ids]
-        requests = spans.watched(lane.ids, lane.requests) if spans else lane.requests
-        began, began_us = time.monotonic(), now_us()
-        try:
-            outcomes = await backend.sign(requests)
-        except Exception:
-            log_exception("backend_failed", backend=lane.backend)
-            return [Refused(item_id, Internal("the backend failed")) for item_id in lane.ids]
-        spans.step(BACKEND, lane.ids, began_us, lane.backend)
-        self._metrics.lane_done(lane.backend, lane.schemes, outcomes, time.monotonic() - began)
-        signatures = [outcome for outcome in outcomes if isinstance(outcome, bytes)]
-        if len(signatures) == len(lane.ids):
-            return signed_results(lane.ids, signatures)
-        return [
-            Signed(item_id, outcome) if isinstance(outcome, bytes) else Refused(item_id, outcome)
-            for item_id, outcome in zip(lane.ids, outcomes, strict=True)
-        ]
-
     @staticmethod
-    def _log_refusals(batch: SignBatch, refused: list[SignResult]) -> None:
-        codes = sorted({result.error.code.value for result in refused if isinstance(result, Refused)})
+    def _log_refusals(batch: SignBatch, refused: Sequence[tuple[SignItem, KeyreeveError]]) -> None:
+        codes = sorted({error.code.value for _, error in refused})
         if codes != ["key_not_found"]:
             log_warning("sign_refused", caller=batch.caller, items=len(refused), codes=",".join(codes))
 

@@ -26,7 +26,12 @@ from keyreeve_keyserver.domain.purposes.jwt_svid import check_jwt_svid
 from keyreeve_keyserver.domain.purposes.ocsp_response import check_ocsp_response
 from keyreeve_keyserver.domain.purposes.tls12_client_verify import check_tls12_client_verify
 from keyreeve_keyserver.domain.purposes.tls12_server_key_exchange import check_server_key_exchange
-from keyreeve_keyserver.domain.purposes.tls13 import check_client_verify, check_server_verify
+from keyreeve_keyserver.domain.purposes.tls13 import (
+    FIXED_FORMS,
+    FixedForm,
+    check_client_verify,
+    check_server_verify,
+)
 from keyreeve_keyserver.domain.purposes.x509_certificate import check_x509_certificate
 from keyreeve_keyserver.domain.purposes.x509_crl import check_x509_crl
 
@@ -61,14 +66,14 @@ def check_length(message: bytes, high: int) -> None:
 class Rule:
     """What a key may do for one purpose with one scheme, and the form that it demands of each message.
 
-    `quick`: the form is compared with a few constants, so that judging it costs next to nothing.
+    `fixed` is the form where it is a head and some lengths: then a message that fits it needs no other look.
     """
 
     record: KeyRecord
     purpose: Purpose
     scheme: SignatureScheme
     form: Form
-    quick: bool
+    fixed: FixedForm | None
 
     def check(self, message: bytes, now: datetime) -> None:
         """Order: form, no second form. Raises: PurposeMismatch, SchemeNotSupported, ProfileViolation."""
@@ -88,7 +93,7 @@ def rule_for(record: KeyRecord, *, purpose: int, scheme: int) -> Rule:
     check_scheme_fits(wanted, record.key_type)
     if known in _TLS13 and not wanted.facts.tls13:
         raise SchemeNotSupported(f"scheme {wanted.iana_name} is not one of TLS 1.3, as {known.label} needs")
-    return Rule(record, known, wanted, FORMS[known], quick=known in _TLS13)
+    return Rule(record, known, wanted, FORMS[known], FIXED_FORMS.get(known))
 
 
 def check_request(message: bytes, record: KeyRecord, *, purpose: int, scheme: int, now: datetime) -> SignatureScheme:

@@ -7,6 +7,7 @@ so both lengths are good with every scheme.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final, NamedTuple
 
 from keyreeve_common.errors import PurposeMismatch
 from keyreeve_common.purposes import (
@@ -18,9 +19,26 @@ from keyreeve_common.purposes import (
 )
 
 
-def _form(purpose: Purpose, context: bytes) -> Callable[[bytes], None]:
+class FixedForm(NamedTuple):
+    """Every message that has this head and one of these lengths, and no other."""
+
+    head: bytes
+    lengths: tuple[int, ...]
+
+
+def _fixed(context: bytes) -> FixedForm:
     head = TLS13_PAD + context + b"\x00"
-    lengths = tuple(len(head) + length for length in TLS13_HASH_LENGTHS)
+    return FixedForm(head, tuple(len(head) + length for length in TLS13_HASH_LENGTHS))
+
+
+FIXED_FORMS: Final = {
+    Purpose.TLS13_SERVER_VERIFY: _fixed(TLS13_SERVER_CONTEXT),
+    Purpose.TLS13_CLIENT_VERIFY: _fixed(TLS13_CLIENT_CONTEXT),
+}
+
+
+def _form(purpose: Purpose, context: bytes) -> Callable[[bytes], None]:
+    head, lengths = FIXED_FORMS[purpose]
     form = f"{lengths[0]} or {lengths[1]}"
 
     def check(message: bytes) -> None:
