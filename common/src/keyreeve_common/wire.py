@@ -43,10 +43,6 @@ class Reader:
         self._at = end
         return chunk
 
-    def rest(self) -> bytes:
-        """All that is left, which the caller then takes apart itself."""
-        return self.take(len(self._data) - self._at, "the rest")
-
     def u8(self, field: str) -> int:
         return self.take(1, field)[0]
 
