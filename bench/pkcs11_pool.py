@@ -36,6 +36,7 @@ from keyreeve_keyserver.backends import pkcs11_mechanisms as mechanisms
 from keyreeve_keyserver.backends.pkcs11_backend import Pkcs11Backend, Pkcs11Settings
 from keyreeve_keyserver.backends.ports import Backend, SignRequest
 from keyreeve_keyserver.domain.keys import KeyRecord
+from keyreeve_testing.faulty_module import make_faulty_module
 from keyreeve_testing.processes import descendants_of
 from keyreeve_testing.signer import SignerClient, running_signer, write_signer_config
 from keyreeve_testing.softhsm import SoftHsmToken, make_softhsm_token
@@ -253,6 +254,30 @@ def measure(kind: str = "p256", *, workers: int = 2, rounds: int = 5, seconds: f
     return {"kind": kind, "workers": workers, **figures, "ratios": ratios}
 
 
+def measure_delayed(delay_us: int, *, workers: int, seconds: float = 2.0) -> dict[str, Any]:
+    """What the backend reaches with a token that blocks at each signature, of `workers / delay`."""
+    loop = asyncio.new_event_loop()
+    with tempfile.TemporaryDirectory(prefix="keyreeve-bench-") as name:
+        token, module = make_softhsm_token(Path(name) / "softhsm"), make_faulty_module(Path(name) / "module")
+        uri = parse_pkcs11_uri(f"pkcs11:token={token.label}?module-path={module.path}&pin-source=file:{token.pin_file}")
+        settings = Pkcs11Settings(uri, workers=workers, softhsm_conf=token.conf, writes=(module.path.parent,))
+        backend = Pkcs11Backend("hsm", settings)
+        key_type, scheme = SCHEMES["p256"]
+        try:
+            loop.run_until_complete(backend.start())
+            record = loop.run_until_complete(made_key(backend, key_type))
+            module.delay(delay_us)
+            loop.run_until_complete(backend_rounds(backend, record, scheme, min(seconds, 0.5)))
+            began = time.monotonic()
+            signed = loop.run_until_complete(backend_rounds(backend, record, scheme, seconds))
+            per_s = signed / (time.monotonic() - began)
+        finally:
+            loop.run_until_complete(backend.close())
+            loop.close()
+    ratios = {"of_workers_by_delay": round(per_s * delay_us / 1e6 / workers, 3)}
+    return {"delay_us": delay_us, "workers": workers, "per_s": round(per_s, 1), "ratios": ratios}
+
+
 def in_turn(sides: dict[str, Side], rounds: int, seconds: float) -> dict[str, Tally]:
     tallies = {name: Tally() for name in sides}
     for side in sides.values():
@@ -271,7 +296,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--delay-us", type=int, default=0, help="a token that blocks so long at each signature")
     arguments = parser.parse_args()
+    if arguments.delay_us:
+        delayed = measure_delayed(arguments.delay_us, workers=arguments.workers, seconds=arguments.seconds)
+        sys.stdout.write(json.dumps(delayed) + "\n")
+        return
     found = measure(arguments.kind, workers=arguments.workers, rounds=arguments.rounds, seconds=arguments.seconds)
     sys.stdout.write(json.dumps(found) + "\n")
 

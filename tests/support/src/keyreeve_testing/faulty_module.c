@@ -7,6 +7,7 @@
  *   fail       C_Sign answers CKR_DEVICE_ERROR
  *   lose       sessions opened before the file was written are gone (CKR_SESSION_HANDLE_INVALID)
  *   removed    CKR_DEVICE_REMOVED from each call of a session, CKR_TOKEN_NOT_PRESENT from C_OpenSession
+ * The file ".delay" holds how many microseconds C_Sign blocks before it signs, as a network HSM does.
  * The file ".sessions" holds how many processes may have a session; ".hide" holds hexadecimal numbers of
  * mechanisms that are denied. The module it forwards to is asked for its function list, whose layout
  * PKCS#11 2.40 fixes: a version, then 68 pointers in a set order.
@@ -125,6 +126,10 @@ static ulong_t sign_init(PARAMETERS)
 
 static ulong_t sign(PARAMETERS)
 {
+    char delay[32];
+    read_file(".delay", delay, sizeof delay);
+    if (delay[0] != '\0')
+        usleep((useconds_t)atoi(delay));
     while (fault_is("stall-sign"))
         usleep(20000);
     if (fault_is("fail"))

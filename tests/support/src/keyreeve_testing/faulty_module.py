@@ -21,6 +21,10 @@ class FaultyModule:
         """`stall`, `stall-sign`, `fail`, `lose` or `removed`, from now on; "" ends it."""
         self._write(".fault", kind)
 
+    def delay(self, microseconds: int) -> None:
+        """Each C_Sign blocks so long first."""
+        self._write(".delay", str(microseconds))
+
     def limit_sessions(self, processes: int) -> None:
         self._write(".sessions", str(processes))
 
