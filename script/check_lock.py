@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-MEMBERS = ("common", "keyserver", "keyserver/engine", "ca", "client", "tests/support")
+MEMBERS = ("common", "keyserver", "keyserver/engine", "ca", "client", "bench", "tests/support")
 _LOCKED = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;]+)(?:\s*;\s*([^\\]+?))?\s*\\?$", re.MULTILINE)
 _ADDRESS = re.compile(r"https?://|@\s*(?:git|file)")
 

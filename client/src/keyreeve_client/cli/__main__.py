@@ -18,7 +18,7 @@ from keyreeve_client.cli.output import OutputFormat, set_default_output, show_te
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE = 0, 1, 2, 3
 COMMANDS_GROUP = "keyreeve.commands"
 # Commands that another distribution brings, and which one: named here only to say what is missing.
-_BROUGHT_BY = {"init": "keyreeve-ca"}
+_BROUGHT_BY = {"init": "keyreeve-ca", "bench": "keyreeve-bench"}
 
 
 def build_app(asked: Sequence[str] = ()) -> typer.Typer:

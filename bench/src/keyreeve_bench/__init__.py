@@ -1,0 +1,1 @@
+"""What a key server costs, measured on the machine at hand: `keyreeve bench`."""
