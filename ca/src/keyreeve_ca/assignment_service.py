@@ -36,7 +36,8 @@ from keyreeve_ca.domain.grants import (
     decide,
 )
 from keyreeve_ca.domain.records import KeyUse, ManagedKey, SvidRecord, digest_of
-from keyreeve_ca.service import Ca, SvidOrder, issue_x509_svid
+from keyreeve_ca.issuance_service import issue_x509_svid
+from keyreeve_ca.service import Ca, SvidOrder
 
 _ALL = 1_000_000
 _Seen = dict[str, Grant]
