@@ -19,6 +19,7 @@ from keyreeve_ca.domain.authority import Authority
 from keyreeve_ca.domain.entries import Entry, KeyOwner
 from keyreeve_ca.domain.grants import GrantState, NodeGrant
 from keyreeve_ca.domain.records import Agent, FormerKey, KeyUse, ManagedKey, SvidRecord
+from keyreeve_ca.domain.views import AgentView, OwnersView
 
 
 class KeyCluster(Protocol):
@@ -125,6 +126,18 @@ class Store(Protocol):
         limit: int = 1000,
         after: str = "",
     ) -> list[Entry]: ...
+
+    def read_agent_view(self, agent: SpiffeId, now: datetime) -> AgentView:
+        """What the sync of one agent needs to know, in as many statements for a thousand entries as for one."""
+        ...
+
+    def read_owners_view(self, owners: Sequence[KeyOwner], now: datetime) -> OwnersView: ...
+
+    def agents_due(self, now: datetime) -> list[SpiffeId]:
+        """Agents that may act and for which a sync would find something to issue or to grant. It may name one too many."""
+        ...
+
+    def expired_entries(self, now: datetime) -> list[Entry]: ...
 
     def update_entry(self, entry: Entry, *, read_revision: int) -> Entry:
         """Stores it with the next revision. Raises: NotFound; Conflict for a stale revision or a duplicate."""

@@ -63,6 +63,11 @@ class EntryRecords(Part):
         with read_transaction(self.engine) as connection:
             return [entry_from_row(row) for row in connection.execute(query).mappings()]
 
+    def expired_entries(self, now: datetime) -> list[Entry]:
+        query = select(schema.entries).where(_E.expires_at <= now).order_by(_E.entry_id)
+        with read_transaction(self.engine) as connection:
+            return [entry_from_row(row) for row in connection.execute(query).mappings()]
+
     def update_entry(self, entry: Entry, *, read_revision: int) -> Entry:
         with write_transaction(self.engine) as connection:
             stored = _get(connection, entry.entry_id)
