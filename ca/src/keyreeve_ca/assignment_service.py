@@ -289,9 +289,9 @@ def _ensure_grant(
         until = min(until, entry.expires_at)
     row = NodeGrant(entry.owner, agent, key.key_id, GrantState.LIVE, until)
     seen_grant = seen.get(key.key_id)
-    if seen_grant is not None and decide(known, seen_grant, until, now) is GrantAction.NONE:
-        if known == replace(row, expires_at=seen_grant.expires_at):
-            return
+    settled = replace(row, expires_at=seen_grant.expires_at) if seen_grant is not None else None
+    if known is not None and known == settled and decide(known, seen_grant, until, now) is GrantAction.NONE:
+        return
     known = ca.store.get_node_grant(entry.owner, agent)
     match decide(known, seen_grant, until, now):
         case GrantAction.NONE:

@@ -18,7 +18,7 @@ from keyreeve_ca.domain.attestation import JoinToken
 from keyreeve_ca.domain.authority import Authority
 from keyreeve_ca.domain.entries import Entry, KeyOwner
 from keyreeve_ca.domain.grants import GrantState, NodeGrant
-from keyreeve_ca.domain.records import Agent, FormerKey, KeyUse, ManagedKey, SvidRecord
+from keyreeve_ca.domain.records import Agent, Changes, FormerKey, KeyUse, ManagedKey, SvidRecord
 from keyreeve_ca.domain.views import AgentView, OwnersView
 
 
@@ -108,7 +108,11 @@ class Store(Protocol):
 
     def change_sequence(self) -> int: ...
 
-    def bump_change_sequence(self) -> int: ...
+    def changes_since(self, number: int) -> Changes:
+        """Whom the steps after this one concern."""
+        ...
+
+    def prune_change_log(self) -> int: ...
 
     def create_entry(self, entry: Entry) -> None:
         """Raises: Conflict for a duplicate."""

@@ -13,9 +13,9 @@ from keyreeve_ca.domain.records import ManagedKey, SvidRecord
 
 @dataclass(frozen=True, slots=True)
 class SvidWish:
-    """What the entries that share one key want of its certificate: all their DNS names, the shortest of their lives. `ttl` None: none of them says how long it is to live.
+    """What the entries that share one key want of its certificate: all their DNS names, the shortest of their lives.
 
-    `undecided`: at least one of them leaves its life to the CA.
+    `ttl`: the shortest that is given; `undecided`: at least one of them leaves its life to the CA.
     """
 
     dns_names: tuple[str, ...] = ()

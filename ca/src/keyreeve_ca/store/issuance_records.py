@@ -11,10 +11,10 @@ from sqlalchemy import Connection, bindparam, func, select, update
 from keyreeve_ca.domain.authority import Authority
 from keyreeve_ca.domain.records import SvidRecord, SvidState
 from keyreeve_ca.store import schema
+from keyreeve_ca.store.change_log import agents_sharing, announce
 from keyreeve_ca.store.engine import read_transaction, write_transaction
 from keyreeve_ca.store.rows import (
     BUNDLE,
-    CHANGES,
     SVID_NUMBERS,
     Part,
     authority_from_row,
@@ -51,14 +51,6 @@ class IssuanceRecords(Part):
             elif stored != trust_domain.name:
                 raise Conflict(f"database belongs to trust domain {stored}, the configuration says {trust_domain}")
 
-    def change_sequence(self) -> int:
-        with read_transaction(self.engine) as connection:
-            return read_counter(connection, CHANGES)
-
-    def bump_change_sequence(self) -> int:
-        with write_transaction(self.engine) as connection:
-            return bump(connection, CHANGES)
-
     def bundle_sequence(self) -> int:
         with read_transaction(self.engine) as connection:
             return read_counter(connection, BUNDLE)
@@ -81,7 +73,7 @@ class IssuanceRecords(Part):
                 elif stored[authority.authority_id] != authority:
                     same = _A.authority_id == authority.authority_id
                     connection.execute(update(schema.authorities).where(same).values(**row))
-            bump(connection, CHANGES)
+            announce(connection, None)
 
     def record_intent(self, record: SvidRecord) -> None:
         with write_transaction(self.engine) as connection:
@@ -102,6 +94,9 @@ class IssuanceRecords(Part):
                 connection.execute(_FAILED, texts)
             if issued:
                 _record_issued(connection, issued)
+                sharing = agents_sharing(connection, [record.subject for record in issued])
+                if sharing:  # else it is no entry's SVID
+                    announce(connection, sharing)
 
     def record_issued(self, serial: str, chain_der: Sequence[bytes]) -> SvidRecord:
         with write_transaction(self.engine) as connection:
