@@ -188,4 +188,15 @@ def _sign_at(
         channel = replica.channel()
     except KeyreeveError as error:  # our own SVID cannot be used
         return [error] * len(messages)
+    if len(messages) == 1:  # a stream costs more than it spares
+        return [_signed(SignClient(channel), key_id, scheme, purpose, messages[0])]
     return sign_batch(channel, key_id, scheme, purpose, messages=messages, deadline=SIGN_DEADLINE)
+
+
+def _signed(
+    client: SignClient, key_id: str, scheme: SignatureScheme, purpose: Purpose, message: bytes
+) -> bytes | KeyreeveError:
+    try:
+        return client.sign(key_id, scheme, purpose, message=message, deadline=SIGN_DEADLINE)
+    except KeyreeveError as error:
+        return error
