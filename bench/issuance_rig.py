@@ -95,6 +95,10 @@ class IssuanceRig:
         return processor_seconds(int((self.postgres.data / "postmaster.pid").read_text().splitlines()[0]))
 
 
+def entropy(count: int) -> bytes:
+    return secrets.token_bytes(count)
+
+
 def policy() -> Policy:
     return Policy(
         trust_domain=TD,
@@ -121,7 +125,7 @@ def running_rig(directory: Path, *, database: str) -> Iterator[IssuanceRig]:
         store = SqlStore.open(url)
         stack.callback(store.close)
         store.migrate()
-        operator = Ca(policy(), store, local, lambda: datetime.now(UTC), secrets.token_bytes, ThrowAwayKeys())
+        operator = Ca(policy(), store, local, lambda: datetime.now(UTC), entropy, ThrowAwayKeys())
         make_root(operator)  # only an operator's socket may use the root's key
         prepare_authority(operator)
         ca = replace(operator, cluster=remote)
