@@ -211,7 +211,6 @@ def test_changes_move_the_sequence(store: SqlStore) -> None:
     store.delete_entry("e1")
     marks.append(store.change_sequence())
     assert marks == sorted(set(marks))
-    assert store.bump_change_sequence() == marks[-1] + 1
 
 
 def test_join_token_works_once_and_not_after_its_time(store: SqlStore) -> None:

@@ -89,7 +89,10 @@ async def serve(config: CaConfig) -> None:
         def changed() -> None:
             loop.call_soon_threadsafe(feed.nudge)
 
-        renewal = Renewal(ca, own, config.key_server_id, changed)
+        def recovered() -> None:
+            loop.call_soon_threadsafe(feed.wake_everyone)
+
+        renewal = Renewal(ca, own, config.key_server_id, changed, recovered)
         tasks = [
             asyncio.create_task(feed.follow(config.background.poll_interval), name="change-feed"),
             asyncio.create_task(renewal.run(config.background.interval), name="renewal"),

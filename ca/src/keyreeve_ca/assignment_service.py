@@ -6,9 +6,10 @@ id, grants by what the key cluster says of them (`domain.grants`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import cast
+from typing import TypeAlias, cast
 
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import load_der_public_key
@@ -27,7 +28,7 @@ from keyreeve_common.identity import SpiffeId
 from keyreeve_common.purposes import KeyRole
 from keyreeve_common.telemetry import log, log_warning
 
-from keyreeve_ca.domain.entries import Entry, KeyOwner, check_shared_key
+from keyreeve_ca.domain.entries import Entry, check_shared_key
 from keyreeve_ca.domain.grants import (
     EXPIRY_MARGIN,
     GrantAction,
@@ -36,10 +37,14 @@ from keyreeve_ca.domain.grants import (
     decide,
 )
 from keyreeve_ca.domain.records import KeyUse, ManagedKey, SvidRecord, digest_of
-from keyreeve_ca.service import Ca, SvidOrder, issue_x509_svid
+from keyreeve_ca.domain.views import AgentView, OwnersView, SvidWish
+from keyreeve_ca.issuance_service import issue_x509_svids
+from keyreeve_ca.service import Ca, SvidOrder
 
 _ALL = 1_000_000
 _Seen = dict[str, Grant]
+Certified: TypeAlias = tuple[ManagedKey, SvidRecord] | KeyreeveError
+"""An owner's key with its current SVID, or why there is none."""
 # What may be over at the next round: meanwhile an SVID that is valid stays assigned. A refusal takes it away at once.
 _PASSING = (Unavailable, RateLimited, Internal)
 
@@ -60,14 +65,19 @@ class Assignment:
 
 
 def sync_agent(ca: Ca, agent: SpiffeId) -> list[Assignment]:
-    """All assignments of this agent, after doing what is missing. Raises: storage errors only."""
+    """All assignments of this agent, after doing what is missing. Raises: storage errors only.
+
+    Where nothing is missing it reads the agent's view, asks the key cluster for the agent's grants, and that is all.
+    """
     with ca.locks(agent):
-        now = ca.clock()
-        entries = [each for each in ca.store.list_entries(parent_id=agent, limit=_ALL) if not each.is_expired(now)]
-        if not entries:
+        view = ca.store.read_agent_view(agent, ca.clock())
+        if not view.entries:
             return []
         seen = _grants_of(ca, agent)
-        return [_assign(ca, entry, seen) for entry in entries]
+        if isinstance(seen, KeyreeveError):
+            return [_without(ca, entry, seen, _still_good(ca, entry, view)) for entry in view.entries]
+        certified = _certify(ca, view)
+        return [_assign(ca, entry, view, certified[entry.entry_id], seen) for entry in view.entries]
 
 
 def _grants_of(ca: Ca, agent: SpiffeId) -> _Seen | KeyreeveError:
@@ -77,30 +87,56 @@ def _grants_of(ca: Ca, agent: SpiffeId) -> _Seen | KeyreeveError:
         return error
 
 
-def _assign(ca: Ca, entry: Entry, seen: _Seen | KeyreeveError) -> Assignment:
+def _certify(ca: Ca, view: AgentView) -> dict[str, Certified]:
+    """By entry id. Locks are taken, and owners read anew, for those alone whose SVID or key is missing or due."""
+    found = {entry.entry_id: _settled(ca, entry, view.owners) for entry in view.entries}
+    due = [entry for entry in view.entries if found[entry.entry_id] is None]
+    made = ensure_svids(ca, due) if due else {}
+    return {entry_id: each or made[entry_id] for entry_id, each in found.items()}
+
+
+def _settled(ca: Ca, entry: Entry, owners: OwnersView) -> tuple[ManagedKey, SvidRecord] | None:
+    key = owners.keys.get(entry.owner.digest)
+    if key is None or key.use is not KeyUse.IN_USE or key.fingerprint != _fingerprint(entry):
+        return None
+    current = _current(ca, entry, key, owners)
+    return None if current is None else (key, current)
+
+
+def _assign(ca: Ca, entry: Entry, view: AgentView, certified: Certified, seen: _Seen) -> Assignment:
     try:
-        if isinstance(seen, KeyreeveError):
-            raise seen
-        key, svid = ensure_svid(ca, entry)
-        _ensure_grant(ca, entry, key, svid, seen)
+        if isinstance(certified, KeyreeveError):
+            raise certified
+        key, svid = certified
+        _ensure_grant(ca, entry, key, svid, known=view.grants.get(entry.owner.digest), seen=seen)
     except KeyreeveError as error:
-        kept = _still_good(ca, entry) if isinstance(error, _PASSING) else None
-        if kept is not None:
-            return kept
-        if ca.failures.get(entry.entry_id) is not error.code:
-            log_warning("assignment_failed", entry_id=entry.entry_id, code=error.code.value, detail=error.detail)
-            ca.failures[entry.entry_id] = error.code
-        return Assignment(entry, error=error)
+        passing = isinstance(error, _PASSING)
+        return _without(ca, entry, error, _still_good(ca, entry, _anew(ca, entry)) if passing else None)
     ca.failures.pop(entry.entry_id, None)
-    return Assignment(entry, key, svid, former_key_ids(ca, entry))
+    return Assignment(entry, key, svid, view.owners.former_key_ids.get(entry.owner.digest, ()))
 
 
-def _still_good(ca: Ca, entry: Entry) -> Assignment | None:
-    """While the key cluster is away or fails: what was assigned before and has not expired."""
-    now = ca.clock()
-    key = ca.store.get_managed_key(entry.owner)
-    svid = ca.store.current_svid(entry.owner.digest)
+def _without(ca: Ca, entry: Entry, error: KeyreeveError, kept: Assignment | None) -> Assignment:
+    """What is kept where something failed; else the error, which is logged where it is not the one of the last time."""
+    if kept is not None and isinstance(error, _PASSING):
+        return kept
+    if ca.failures.get(entry.entry_id) is not error.code:
+        log_warning("assignment_failed", entry_id=entry.entry_id, code=error.code.value, detail=error.detail)
+        ca.failures[entry.entry_id] = error.code
+    return Assignment(entry, error=error)
+
+
+def _anew(ca: Ca, entry: Entry) -> AgentView:
+    """What the store says of one entry now: its key may have been replaced before the error."""
     grant = ca.store.get_node_grant(entry.owner, entry.parent_id)
+    grants = {entry.owner.digest: grant} if grant is not None else {}
+    return AgentView((entry,), grants, ca.store.read_owners_view([entry.owner], ca.clock()))
+
+
+def _still_good(ca: Ca, entry: Entry, view: AgentView) -> Assignment | None:
+    """While the key cluster is away or fails: what was assigned before and has not expired."""
+    now, digest = ca.clock(), entry.owner.digest
+    key, svid, grant = view.owners.keys.get(digest), view.owners.svids.get(digest), view.grants.get(digest)
     if (
         key is None
         or key.use is not KeyUse.IN_USE
@@ -115,39 +151,82 @@ def _still_good(ca: Ca, entry: Entry) -> Assignment | None:
         or (grant.expires_at is not None and grant.expires_at <= now)
     ):
         return None
-    return Assignment(entry, key, svid, former_key_ids(ca, entry))
-
-
-def former_key_ids(ca: Ca, entry: Entry) -> tuple[str, ...]:
-    """Earlier generations of the entry's key that may still sign."""
-    return tuple(each.key_id for each in ca.store.former_keys(entry.owner))
+    return Assignment(entry, key, svid, view.owners.former_key_ids.get(digest, ()))
 
 
 def ensure_svid(ca: Ca, entry: Entry, *, renew: bool = False) -> tuple[ManagedKey, SvidRecord]:
     """The key of the entry's owner and its current SVID, issued anew at half life, when the order changed, or when `renew`."""
-    with ca.locks(entry.owner.digest):
-        key = _ensure_key(ca, entry)
-        now = ca.clock()
-        current = ca.store.current_svid(entry.owner.digest)
-        dns_names, ttl = _order_of(ca, entry.owner)
-        wanted = digest_of(key.key_id, ttl, *dns_names)
-        valid = current is not None and current.key_id == key.key_id and current.not_before <= now < current.not_after
-        if current is not None and valid and current.wanted == wanted and now < renew_at(current) and not renew:
-            return key, current
-        order = SvidOrder(
-            profile=ca.policy.workload,
-            spiffe_id=entry.spiffe_id,
-            public_key=cast("CertificatePublicKeyTypes", load_der_public_key(key.spki_der)),
-            subject=entry.owner.digest,
-            dns_names=dns_names,
-            ttl=ttl,
-            entry_id=entry.entry_id,
-            key_id=key.key_id,
-            wanted=wanted,
-        )
-        fresh = issue_x509_svid(ca, order)
-        ca.store.bump_change_sequence()
-        return key, fresh
+    certified = ensure_svids(ca, [entry], renew=renew)[entry.entry_id]
+    if isinstance(certified, KeyreeveError):
+        raise certified
+    return certified
+
+
+def ensure_svids(ca: Ca, entries: Sequence[Entry], *, renew: bool = False) -> dict[str, Certified]:
+    """The same for many entries, by entry id: what is to be issued leaves as one batch. Raises: storage errors."""
+    with ca.locks(*(entry.owner.digest for entry in entries)):
+        owners = ca.store.read_owners_view([entry.owner for entry in entries], ca.clock())
+        keys = _ensure_keys(ca, entries, owners)
+        found: dict[str, Certified] = {}
+        orders: dict[str, SvidOrder] = {}  # by owner digest: entries that share a key share the SVID
+        for entry in entries:
+            digest, key = entry.owner.digest, keys[entry.entry_id]
+            if isinstance(key, KeyreeveError):
+                found[entry.entry_id] = key
+            elif not renew and (current := _current(ca, entry, key, owners)) is not None:
+                found[entry.entry_id] = (key, current)
+            else:
+                orders[digest] = _order(ca, entry, key, owners.wishes.get(digest, SvidWish()))
+        issued = dict(zip(orders, issue_x509_svids(ca, list(orders.values())), strict=True)) if orders else {}
+        for entry in entries:
+            if entry.entry_id not in found:
+                key, outcome = keys[entry.entry_id], issued[entry.owner.digest]
+                assert not isinstance(key, KeyreeveError)  # noqa: S101 - those are in `found`
+                found[entry.entry_id] = outcome if isinstance(outcome, KeyreeveError) else (key, outcome)
+        return found
+
+
+def _ensure_keys(ca: Ca, entries: Sequence[Entry], owners: OwnersView) -> dict[str, ManagedKey | KeyreeveError]:
+    """By entry id."""
+    known = dict(owners.keys)
+    found: dict[str, ManagedKey | KeyreeveError] = {}
+    for entry in entries:
+        digest = entry.owner.digest
+        try:
+            found[entry.entry_id] = known[digest] = _ensure_key(ca, entry, known.get(digest))
+        except KeyreeveError as error:
+            found[entry.entry_id] = error
+    return found
+
+
+def _life_and_digest(ca: Ca, key: ManagedKey, wish: SvidWish) -> tuple[timedelta, str]:
+    """How long the certificate is to live, and the digest of all that is wanted of it."""
+    ttl = wish.life(ca.policy.workload.ttl)
+    return ttl, digest_of(key.key_id, ttl, *wish.dns_names)
+
+
+def _order(ca: Ca, entry: Entry, key: ManagedKey, wish: SvidWish) -> SvidOrder:
+    ttl, wanted = _life_and_digest(ca, key, wish)
+    return SvidOrder(
+        profile=ca.policy.workload,
+        spiffe_id=entry.spiffe_id,
+        public_key=cast("CertificatePublicKeyTypes", load_der_public_key(key.spki_der)),
+        subject=entry.owner.digest,
+        dns_names=wish.dns_names,
+        ttl=ttl,
+        entry_id=entry.entry_id,
+        key_id=key.key_id,
+        wanted=wanted,
+    )
+
+
+def _current(ca: Ca, entry: Entry, key: ManagedKey, owners: OwnersView) -> SvidRecord | None:
+    """The current SVID, if it is what would be ordered, valid, and not yet to be renewed."""
+    current, now = owners.svids.get(entry.owner.digest), ca.clock()
+    if current is None or current.key_id != key.key_id or not current.not_before <= now < current.not_after:
+        return None
+    _, wanted = _life_and_digest(ca, key, owners.wishes.get(entry.owner.digest, SvidWish()))
+    return current if current.wanted == wanted and now < renew_at(current) else None
 
 
 def renew_at(record: SvidRecord) -> datetime:
@@ -159,23 +238,12 @@ def renew_at(record: SvidRecord) -> datetime:
     return record.created_at + (record.not_after - record.created_at) * (0.5 + jitter)
 
 
-def _order_of(ca: Ca, owner: KeyOwner) -> tuple[tuple[str, ...], timedelta]:
-    """Entries that share a key share a certificate: all their DNS names, the shortest of their lives."""
-    now = ca.clock()
-    sharing = [
-        each
-        for each in ca.store.list_entries(spiffe_id=owner.spiffe_id, limit=_ALL)
-        if each.owner == owner and not each.is_expired(now)
-    ]
-    names = dict.fromkeys(name for each in sharing for name in each.dns_names)
-    lives = [each.x509_svid_ttl or ca.policy.workload.ttl for each in sharing]
-    return tuple(sorted(names)), min(lives, default=ca.policy.workload.ttl)
+def _fingerprint(entry: Entry) -> str:
+    return digest_of(entry.key_type, entry.key_backend, *sorted(entry.purposes))
 
 
-def _ensure_key(ca: Ca, entry: Entry) -> ManagedKey:
-    owner = entry.owner
-    known = ca.store.get_managed_key(owner)
-    fingerprint = digest_of(entry.key_type, entry.key_backend, *sorted(entry.purposes))
+def _ensure_key(ca: Ca, entry: Entry, known: ManagedKey | None) -> ManagedKey:
+    owner, fingerprint = entry.owner, _fingerprint(entry)
     if known is not None and known.fingerprint == fingerprint:
         if known.use is KeyUse.IN_USE:
             return known
@@ -211,15 +279,20 @@ def _ensure_key(ca: Ca, entry: Entry) -> ManagedKey:
     return managed
 
 
-def _ensure_grant(ca: Ca, entry: Entry, key: ManagedKey, svid: SvidRecord, seen: _Seen) -> None:
-    """Raises: PermissionDenied when an operator revoked it."""
+def _ensure_grant(
+    ca: Ca, entry: Entry, key: ManagedKey, svid: SvidRecord, *, known: NodeGrant | None, seen: _Seen
+) -> None:
+    """`known`: the row as the view has it; it is read anew before anything is done. Raises: PermissionDenied when an operator revoked it."""
     now, agent = ca.clock(), entry.parent_id
     until = svid.not_after + EXPIRY_MARGIN
     if entry.expires_at is not None:
         until = min(until, entry.expires_at)
-    known = ca.store.get_node_grant(entry.owner, agent)
     row = NodeGrant(entry.owner, agent, key.key_id, GrantState.LIVE, until)
     seen_grant = seen.get(key.key_id)
+    settled = replace(row, expires_at=seen_grant.expires_at) if seen_grant is not None else None
+    if known is not None and known == settled and decide(known, seen_grant, until, now) is GrantAction.NONE:
+        return
+    known = ca.store.get_node_grant(entry.owner, agent)
     match decide(known, seen_grant, until, now):
         case GrantAction.NONE:
             _claim(ca, known, replace(row, expires_at=seen_grant.expires_at if seen_grant else None))

@@ -56,8 +56,7 @@ def delete_entry(ca: Ca, entry_id: str) -> Entry:
 
 def prune_expired_entries(ca: Ca) -> int:
     """Deletes entries whose time is over; how many."""
-    now = ca.clock()
-    expired = [entry for entry in ca.store.list_entries(limit=_ALL) if entry.is_expired(now)]
+    expired = ca.store.expired_entries(ca.clock())
     for entry in expired:
         delete_entry(ca, entry.entry_id)
     return len(expired)

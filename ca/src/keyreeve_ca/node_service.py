@@ -23,7 +23,8 @@ from keyreeve_ca.domain.attestation import (
     token_text,
 )
 from keyreeve_ca.domain.records import Agent, SvidRecord, digest_of
-from keyreeve_ca.service import Ca, SvidOrder, current_bundle, issue_x509_svid
+from keyreeve_ca.issuance_service import issue_x509_svid
+from keyreeve_ca.service import Ca, SvidOrder, current_bundle
 
 _BANNED = "agent is banned; unban it first"
 _UNKNOWN = "agent is not attested; it needs a new join token"

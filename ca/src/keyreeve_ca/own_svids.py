@@ -17,8 +17,9 @@ from keyreeve_common.x509_svid import X509Svid, load_chain_pem, to_pem, verify_c
 
 from keyreeve_ca.domain.attestation import public_key_of_csr
 from keyreeve_ca.domain.records import SvidRecord, digest_of
+from keyreeve_ca.issuance_service import issue_x509_svid
 from keyreeve_ca.ports import KeyServerIdentity
-from keyreeve_ca.service import Ca, SvidOrder, current_bundle, issue_x509_svid
+from keyreeve_ca.service import Ca, SvidOrder, current_bundle
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from cryptography.x509 import Certificate
 from keyreeve_client.key_admin import ClusterKey, Grant, KeyServerHealth, KeySpec
 from keyreeve_common.bundle import Bundle
+from keyreeve_common.errors import KeyreeveError
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.purposes import Purpose
+from keyreeve_common.schemes import SignatureScheme
 
 from keyreeve_ca.domain.attestation import JoinToken
 from keyreeve_ca.domain.authority import Authority
 from keyreeve_ca.domain.entries import Entry, KeyOwner
 from keyreeve_ca.domain.grants import GrantState, NodeGrant
-from keyreeve_ca.domain.records import Agent, FormerKey, KeyUse, ManagedKey, SvidRecord
+from keyreeve_ca.domain.records import Agent, Changes, FormerKey, KeyUse, ManagedKey, SvidRecord
+from keyreeve_ca.domain.views import AgentView, OwnersView
 
 
 class KeyCluster(Protocol):
@@ -52,6 +55,12 @@ class KeyCluster(Protocol):
 
     def private_key(self, key_id: str, spki_der: bytes, *, purpose: Purpose = Purpose.X509_CERTIFICATE) -> Any:
         """A key object for cryptography's builders whose signatures have this purpose."""
+        ...
+
+    def sign_many(
+        self, key_id: str, scheme: SignatureScheme, purpose: Purpose, *, messages: Sequence[bytes]
+    ) -> list[bytes | KeyreeveError]:
+        """One result for each message, in their order: a signature, not verified yet, or why there is none."""
         ...
 
     def replicas(self) -> Sequence[KeyServerIdentity]: ...
@@ -99,7 +108,11 @@ class Store(Protocol):
 
     def change_sequence(self) -> int: ...
 
-    def bump_change_sequence(self) -> int: ...
+    def changes_since(self, number: int) -> Changes:
+        """Whom the steps after this one concern."""
+        ...
+
+    def prune_change_log(self) -> int: ...
 
     def create_entry(self, entry: Entry) -> None:
         """Raises: Conflict for a duplicate."""
@@ -117,6 +130,18 @@ class Store(Protocol):
         limit: int = 1000,
         after: str = "",
     ) -> list[Entry]: ...
+
+    def read_agent_view(self, agent: SpiffeId, now: datetime) -> AgentView:
+        """What the sync of one agent needs to know, in as many statements for a thousand entries as for one."""
+        ...
+
+    def read_owners_view(self, owners: Sequence[KeyOwner], now: datetime) -> OwnersView: ...
+
+    def agents_due(self, now: datetime) -> list[SpiffeId]:
+        """Agents that may act and for which a sync would find something to issue or to grant. It may name one too many."""
+        ...
+
+    def expired_entries(self, now: datetime) -> list[Entry]: ...
 
     def update_entry(self, entry: Entry, *, read_revision: int) -> Entry:
         """Stores it with the next revision. Raises: NotFound; Conflict for a stale revision or a duplicate."""
@@ -208,6 +233,18 @@ class Store(Protocol):
 
     def record_intent(self, record: SvidRecord) -> None:
         """Raises: Conflict when the serial was used before."""
+        ...
+
+    def record_intents(self, records: Sequence[SvidRecord]) -> None:
+        """All in one transaction. Raises: Conflict when a serial was used before; then none is recorded."""
+        ...
+
+    def record_results(self, issued: Sequence[SvidRecord], failures: Mapping[str, str]) -> None:
+        """All in one transaction: `issued` with their chains, each the current one of its subject; why others failed, by serial.
+
+        Of two for one subject the later is current. Agents that share a key with a new SVID hear of it. Raises: NotFound, then nothing
+        is changed.
+        """
         ...
 
     def record_issued(self, serial: str, chain_der: Sequence[bytes]) -> SvidRecord:

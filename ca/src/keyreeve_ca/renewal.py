@@ -23,18 +23,20 @@ from keyreeve_ca.rotation_service import retire_former_keys
 from keyreeve_ca.service import Ca
 from keyreeve_ca.withdrawal_service import withdraw_grants
 
-_ALL = 1_000_000
+LOOKED_AT_A_ROUND = 50  # agents for which nothing is known to be due
 
 
 @dataclass
 class Renewal:
-    """`changed` is called, from a worker thread, when a round changed what nodes must see."""
+    """Called from a worker thread: `changed` when a round changed what nodes must see, `recovered` when a step works again that had failed."""
 
     ca: Ca
     own: OwnSvid
     key_server_id: SpiffeId
     changed: Callable[[], None] = lambda: None
+    recovered: Callable[[], None] = lambda: None
     _failing: set[str] = field(default_factory=set)
+    _looked_at: str = ""  # the last agent that a round looked at without a cause
 
     async def run(self, interval: timedelta) -> None:
         """Rounds until it is cancelled."""
@@ -70,10 +72,11 @@ class Renewal:
             if name in self._failing:
                 self._failing.discard(name)
                 log("background_step_recovered", step=name)
-                self.changed()
+                self.recovered()
 
     def _prune(self) -> None:
         self.ca.store.prune_join_tokens(self.ca.clock())
+        self.ca.store.prune_change_log()
         if prune_expired_entries(self.ca):
             self.changed()
 
@@ -97,19 +100,23 @@ class Renewal:
             raise failure
 
     def _renew_assignments(self) -> None:
-        """Agents that are connected are served by their stream as well; whoever comes first does the work.
+        """The agents for which something is due, and a few of the others in turn, for what only the key cluster knows.
 
-        What fails for one agent does not stop the others, unless the store itself is away.
+        Agents that are connected are served by their stream as well; whoever comes first does the work. What fails for one agent does not
+        stop the others, unless the store itself is away.
         """
         failure: Exception | None = None
-        for agent in self.ca.store.list_agents(limit=_ALL):
-            if not agent.may_act:
-                continue
+        for agent in dict.fromkeys([*self.ca.store.agents_due(self.ca.clock()), *self._next_agents()]):
             try:
-                sync_agent(self.ca, agent.spiffe_id)
+                sync_agent(self.ca, agent)
             except Unavailable:
                 raise
             except Exception as error:
                 failure = failure or error
         if failure is not None:
             raise failure
+
+    def _next_agents(self) -> list[SpiffeId]:
+        page = self.ca.store.list_agents(limit=LOOKED_AT_A_ROUND, after=self._looked_at)
+        self._looked_at = str(page[-1].spiffe_id) if len(page) == LOOKED_AT_A_ROUND else ""
+        return [agent.spiffe_id for agent in page if agent.may_act]

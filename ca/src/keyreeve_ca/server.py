@@ -117,6 +117,7 @@ class Listeners:
 
     async def stop(self) -> None:
         await asyncio.gather(*(server.stop(STOP_GRACE) for server in self._servers))
+        await asyncio.to_thread(self.agents.close)
 
     def _new_server(self) -> grpc.aio.Server:
         edge = EdgeInterceptor(
@@ -129,7 +130,7 @@ class Listeners:
     def _add_admin_services(self, server: grpc.aio.Server) -> None:
         ca, feed = self.ca, self.feed
         ca_pb2_grpc.add_EntriesServicer_to_server(EntriesServicer(ca, feed), server)
-        nodes = NodesServicer(ca, feed, lambda agent: self.agents.connected[agent] > 0)
+        nodes = NodesServicer(ca, feed, lambda agent: agent in self.agents.connected)
         ca_pb2_grpc.add_NodesServicer_to_server(nodes, server)
         ca_pb2_grpc.add_SvidsServicer_to_server(SvidsServicer(ca, feed), server)
         ca_pb2_grpc.add_AuthoritiesServicer_to_server(AuthoritiesServicer(ca, feed), server)

@@ -1,13 +1,13 @@
-"""Issuing: the one story by which every certificate of this CA comes to be. What is common to all use cases is in `Ca`."""
+"""What is common to all use cases is in `Ca`: policy, store, key cluster, clock. How an SVID is issued is in `issuance_service`."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
@@ -15,23 +15,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keyreeve_common.bundle import Bundle
 from keyreeve_common.errors import ErrorCode, InvalidRequest, KeyreeveError
 from keyreeve_common.identity import SpiffeId, TrustDomain
-from keyreeve_common.schemes import KeyType, key_type_of
-from keyreeve_common.telemetry import log, log_error
+from keyreeve_common.schemes import KeyType
 
-from keyreeve_ca.domain.authority import Authority, active_authority
+from keyreeve_ca.domain.authority import Authority
 from keyreeve_ca.domain.issuance import (
-    SERIAL_BYTES,
-    LeafOrder,
-    build_leaf,
-    chain_without_root,
-    check_issued,
-    make_serial,
     sign_builder,
-    validity,
 )
 from keyreeve_ca.domain.profiles import CA_PATH, KEY_SERVER_PATH, AuthorityLives, SvidProfile
-from keyreeve_ca.domain.records import SvidRecord, SvidState
-from keyreeve_ca.domain.svid_lint import LintContext, check_svid, spki_hash
+from keyreeve_ca.domain.records import SvidRecord
+from keyreeve_ca.issuance_flow import Flow
 from keyreeve_ca.ports import Entropy, KeyCluster, Store, UpstreamAuthority
 
 
@@ -60,37 +52,41 @@ class Policy:
 
 @dataclass
 class Locks:
-    """One lock per name, so that one node's sync does not wait for another's. Locks are few: one per node and identity."""
+    """One lock per name, so that one node's sync does not wait for another's. A lock is there while somebody holds it or waits."""
 
-    _locks: dict[str, threading.Lock] = field(default_factory=dict)
+    _locks: dict[str, _Counted] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
+    def __len__(self) -> int:
+        return len(self._locks)
+
     @contextmanager
-    def __call__(self, name: object) -> Iterator[None]:
-        with self._guard:
-            lock = self._locks.setdefault(str(name), threading.Lock())
-        with lock:
+    def __call__(self, *names: object) -> Iterator[None]:
+        """Holds the locks of all these names, taken in one order by everybody, so that no two wait for each other."""
+        with ExitStack() as stack:
+            for name in sorted({str(name) for name in names}):
+                stack.enter_context(self._one(name))
             yield
 
+    @contextmanager
+    def _one(self, name: str) -> Iterator[None]:
+        with self._guard:
+            counted = self._locks.setdefault(name, _Counted())
+            counted.users += 1
+        try:
+            with counted.lock:
+                yield
+        finally:
+            with self._guard:
+                counted.users -= 1
+                if not counted.users:
+                    del self._locks[name]
 
-@dataclass(frozen=True)
-class Ca:
-    """The CA's parts. `lint_key` gives a throw-away key of a type."""
 
-    policy: Policy
-    store: Store
-    cluster: KeyCluster
-    clock: Callable[[], datetime]
-    entropy: Entropy
-    lint_key: Callable[[KeyType], Any]
-    upstream: UpstreamAuthority | None = None
-    locks: Locks = field(default_factory=Locks)
-    failures: dict[str, ErrorCode] = field(default_factory=dict)  # by entry: what was logged last
-
-    def check_own(self, spiffe_id: SpiffeId) -> None:
-        """Raises: InvalidRequest for another trust domain's ID."""
-        if not spiffe_id.member_of(self.policy.trust_domain):
-            raise InvalidRequest(f"SPIFFE ID is not in trust domain {self.policy.trust_domain}")
+@dataclass(slots=True)
+class _Counted:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,83 +104,34 @@ class SvidOrder:
     wanted: str = ""
 
 
-def issue_x509_svid(ca: Ca, order: SvidOrder) -> SvidRecord:
-    """Issues one SVID, or leaves a record of why not.
+Outcome: TypeAlias = SvidRecord | KeyreeveError
+"""What became of an order: its record with the chain, or why there is no SVID."""
 
-    Raises: InvalidRequest, ProfileViolation, FailedPrecondition, Unavailable, Internal. Spec: spiffe.md 9.4; boulder.
-    """
-    # 1. Authorise: the ID is of this trust domain and of the profile's kind.
-    ca.check_own(order.spiffe_id)
-    order.profile.check_id(order.spiffe_id)
-    now = ca.clock()
-    authorities = ca.store.list_authorities()
-    issuer = active_authority(authorities)
-    # 2. Allocate a serial, 3. build.
-    serial = make_serial(ca.entropy(SERIAL_BYTES))
-    life = order.profile.life(order.ttl)
-    start, end = validity(now, life, backdate=order.profile.backdate, issuer=issuer.certificate)
-    leaf = LeafOrder(
-        order.spiffe_id, order.public_key, serial, start, end, order.dns_names, order.profile.is_infrastructure
-    )
-    builder = build_leaf(leaf, issuer.certificate)
-    # 4. Lint a certificate of the very same TBS, signed by a throw-away key.
-    issuer_key: Any = issuer.certificate.public_key()
-    linted = sign_builder(builder, ca.lint_key(key_type_of(issuer_key)))
-    check_svid(linted, _lint_context(ca, order, issuer, authorities, now=now))
-    # 5. Record the intent: from here on the serial is taken.
-    record = SvidRecord(
-        serial=f"{serial:x}",
-        spiffe_id=order.spiffe_id,
-        subject=order.subject,
-        authority_id=issuer.authority_id,
-        state=SvidState.INTENDED,
-        not_before=start,
-        not_after=end,
-        created_at=now,
-        entry_id=order.entry_id,
-        key_id=order.key_id,
-        wanted=order.wanted,
-    )
-    ca.store.record_intent(record)
-    try:
-        # 6. Sign, 7. verify against the TBS and the authority.
-        issued = sign_builder(builder, _private_key(ca, issuer))
-        check_issued(issued, linted, issuer.certificate)
-    except KeyreeveError as error:
-        _record_failure(ca, record, error)
-        raise
-    # 8. Record the result; an SVID that is not on record is not given out.
-    chain = chain_without_root(issued, [issuer.certificate])
-    done = ca.store.record_issued(record.serial, [each.public_bytes(Encoding.DER) for each in chain])
-    log("svid_issued", spiffe_id=str(order.spiffe_id), serial=record.serial, not_after=end.isoformat())
-    return done
+
+@dataclass(frozen=True)
+class Ca:
+    """The CA's parts. `lint_key` gives a throw-away key of a type, for the lint of authorities."""
+
+    policy: Policy
+    store: Store
+    cluster: KeyCluster
+    clock: Callable[[], datetime]
+    entropy: Entropy
+    lint_key: Callable[[KeyType], Any]
+    upstream: UpstreamAuthority | None = None
+    locks: Locks = field(default_factory=Locks)
+    flow: Flow[SvidOrder, Outcome] = field(default_factory=Flow)
+    failures: dict[str, ErrorCode] = field(default_factory=dict)  # by entry: what was logged last
+
+    def check_own(self, spiffe_id: SpiffeId) -> None:
+        """Raises: InvalidRequest for another trust domain's ID."""
+        if not spiffe_id.member_of(self.policy.trust_domain):
+            raise InvalidRequest(f"SPIFFE ID is not in trust domain {self.policy.trust_domain}")
 
 
 def _private_key(ca: Ca, authority: Authority) -> Any:
     spki_der = authority.certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return ca.cluster.private_key(authority.key_id, spki_der)
-
-
-def _lint_context(
-    ca: Ca, order: SvidOrder, issuer: Authority, authorities: list[Authority], *, now: datetime
-) -> LintContext:
-    authority_keys = frozenset(spki_hash(each.certificate.public_key()) for each in authorities)
-    return LintContext(
-        trust_domain=ca.policy.trust_domain,
-        issuer=issuer.certificate,
-        now=now,
-        max_life=order.profile.max_ttl,
-        max_backdate=ca.policy.lives.max_backdate,
-        infrastructure=order.profile.is_infrastructure,
-        blocked=ca.policy.blocked | authority_keys,
-    )
-
-
-def _record_failure(ca: Ca, record: SvidRecord, error: KeyreeveError) -> None:
-    try:
-        ca.store.record_failed(record.serial, str(error))
-    except KeyreeveError as second:
-        log_error("svid_failure_not_recorded", serial=record.serial, detail=second.detail)
 
 
 def current_bundle(ca: Ca) -> Bundle:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
@@ -33,6 +33,12 @@ _BY_EC_HASH: dict[tuple[KeyFamily, str], SignatureScheme] = {
 }
 
 
+class Signer(Protocol):
+    """Who gives the signatures of a key object."""
+
+    def signature(self, public_key: Any, scheme: SignatureScheme, message: bytes) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteSigner:
     """What a remote key knows: its name, what it is used for here, and how to reach it."""
@@ -54,7 +60,7 @@ def _not_here(*_: object, **__: object) -> NoReturn:
 class RemoteEcKey(ec.EllipticCurvePrivateKey):
     """An EC P-256 or P-384 key in the key cluster."""
 
-    def __init__(self, public_key: ec.EllipticCurvePublicKey, signer: RemoteSigner) -> None:
+    def __init__(self, public_key: ec.EllipticCurvePublicKey, signer: Signer) -> None:
         self._public_key = public_key
         self._signer = signer
         self._family = key_type_of(public_key).family
@@ -98,7 +104,7 @@ class RemoteEcKey(ec.EllipticCurvePrivateKey):
 class RemoteRsaKey(rsa.RSAPrivateKey):
     """An RSA key in the key cluster. It signs and does nothing else."""
 
-    def __init__(self, public_key: rsa.RSAPublicKey, signer: RemoteSigner) -> None:
+    def __init__(self, public_key: rsa.RSAPublicKey, signer: Signer) -> None:
         self._public_key = public_key
         self._signer = signer
 
@@ -136,7 +142,7 @@ class RemoteRsaKey(rsa.RSAPrivateKey):
 class RemoteEd25519Key(ed25519.Ed25519PrivateKey):
     """An Ed25519 key in the key cluster."""
 
-    def __init__(self, public_key: ed25519.Ed25519PublicKey, signer: RemoteSigner) -> None:
+    def __init__(self, public_key: ed25519.Ed25519PublicKey, signer: Signer) -> None:
         self._public_key = public_key
         self._signer = signer
 
@@ -162,12 +168,17 @@ class RemoteEd25519Key(ed25519.Ed25519PrivateKey):
 RemoteKey: TypeAlias = RemoteEcKey | RemoteRsaKey | RemoteEd25519Key
 
 
-def make_remote_key(spki_der: bytes, signer: RemoteSigner) -> RemoteKey:
+def make_remote_key(spki_der: bytes, signer: Signer) -> RemoteKey:
     """The remote key with this public half. Raises: KeyTypeNotSupported."""
     try:
         public_key = load_der_public_key(spki_der)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise KeyTypeNotSupported("public key is not a SubjectPublicKeyInfo that can be read") from error
+    return remote_key_of(public_key, signer)
+
+
+def remote_key_of(public_key: Any, signer: Signer) -> RemoteKey:
+    """The remote key with this public half. Raises: KeyTypeNotSupported."""
     key_type_of(public_key)
     if isinstance(public_key, ec.EllipticCurvePublicKey):
         return RemoteEcKey(public_key, signer)

@@ -337,10 +337,10 @@ def test_svid_that_is_not_on_record_is_not_given_out(rig: Any) -> None:
     def busy(*_: Any) -> None:
         raise StorageBusy("locked")
 
-    rig.store.record_issued = busy
+    rig.store.record_results = busy
     with pytest.raises(StorageBusy):
         renew_entry_svid(rig.ca, entry.entry_id)
-    del rig.store.record_issued
+    del rig.store.record_results
     assert only(rig).svid == first.svid
 
 

@@ -57,7 +57,7 @@ def test_entry_without_a_key_in_use_is_not_rotated(rig: Any, entry: Any) -> None
         rotate_entry_key(rig.ca, entry.entry_id)
 
 
-@pytest.mark.parametrize("at", ["replace_managed_key", "record_intent", "record_issued", "save_retirement"])
+@pytest.mark.parametrize("at", ["replace_managed_key", "record_intents", "record_results", "save_retirement"])
 def test_crash_at_any_step_is_gone_on_with(rig: Any, entry: Any, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     before = only(rig)
 
@@ -86,7 +86,7 @@ def test_old_key_is_not_retired_before_there_is_an_svid_over_the_new_one(
         raise Unavailable("gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(rig.store, "record_intent", lost)
+        patched.setattr(rig.store, "record_intents", lost)
         with pytest.raises(Unavailable):
             rotate_entry_key(rig.ca, entry.entry_id)
     retire_former_keys(rig.ca)

@@ -1,6 +1,7 @@
 """Building to-be-signed certificates: leaf SVIDs, issuing authorities, roots. Nothing here signs with a key that matters.
 
-A builder is signed twice: with a throw-away key for the lint, then by the key cluster; `check_issued` proves that both have the same TBS.
+The lint certificate has the TBS that the key cluster is asked to sign: an authority's is signed by a throw-away key, a leaf's bears a mark in
+place of a signature (ADR 29). `check_issued` proves that what was signed is what was linted.
 Spec: X509-SVID 2 to 4; RFC 5280 4.1, 4.2.1.
 """
 
@@ -16,17 +17,20 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from keyreeve_client.remote_key import certificate_hash
+from keyreeve_client.remote_key import certificate_hash, remote_key_of
 from keyreeve_common.errors import FailedPrecondition, Internal
 from keyreeve_common.identity import SpiffeId, TrustDomain
-from keyreeve_common.schemes import key_type_of
+from keyreeve_common.schemes import SignatureScheme, key_type_of
 from keyreeve_common.x509_svid import tls_name_of
 
 SERIAL_BYTES = 16
 ROOT_PATH_LENGTH = 1  # root -> issuing authority -> leaf
 ISSUING_PATH_LENGTH = 0
 _EMPTY_NAME = x509.Name([])
+_NO_SIGNATURE = b"lint certificate, not signed"
+_SEQUENCE, _BIT_STRING = 0x30, 0x03
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +165,62 @@ def sign_builder(builder: x509.CertificateBuilder, key: Any) -> x509.Certificate
     public_key = key.public_key()
     rsa_padding = padding.PKCS1v15() if isinstance(public_key, rsa.RSAPublicKey) else None
     return builder.sign(key, certificate_hash(key_type_of(public_key)), rsa_padding=rsa_padding)
+
+
+@dataclass(slots=True)
+class _Mark:
+    """Stands where a signature will be, and keeps what is to be signed."""
+
+    scheme: SignatureScheme | None = None
+
+    def signature(self, public_key: Any, scheme: SignatureScheme, message: bytes) -> bytes:
+        self.scheme = scheme
+        return _NO_SIGNATURE
+
+
+@dataclass(frozen=True, slots=True)
+class Unsigned:
+    """A lint certificate without a signature, and the scheme of the signature that it is to get."""
+
+    linted: x509.Certificate
+    scheme: SignatureScheme
+
+    @property
+    def tbs_der(self) -> bytes:
+        return self.linted.tbs_certificate_bytes
+
+    def signed(self, signature: bytes) -> x509.Certificate:
+        """The certificate with this signature, which is not verified here. Spec: RFC 5280 4.1.
+
+        Raises: Internal when it cannot be read.
+        """
+        # Certificate ::= SEQUENCE { tbsCertificate, signatureAlgorithm, signatureValue BIT STRING }
+        mark = _tlv(_BIT_STRING, b"\0" + _NO_SIGNATURE)
+        der, tbs = self.linted.public_bytes(Encoding.DER), self.tbs_der
+        algorithm = der[der.index(tbs) + len(tbs) : -len(mark)]
+        try:
+            return x509.load_der_x509_certificate(
+                _tlv(_SEQUENCE, tbs + algorithm + _tlv(_BIT_STRING, b"\0" + signature))
+            )
+        except ValueError as error:
+            raise Internal("certificate with the key cluster's signature cannot be read") from error
+
+
+def leave_unsigned(builder: x509.CertificateBuilder, issuer_key: Any) -> Unsigned:
+    """What `sign_builder` would make with the private half of `issuer_key`, but for the signature."""
+    mark = _Mark()
+    linted = sign_builder(builder, remote_key_of(issuer_key, mark))
+    assert mark.scheme is not None  # noqa: S101 - the builder asks for one signature
+    return Unsigned(linted, mark.scheme)
+
+
+def _tlv(tag: int, content: bytes) -> bytes:
+    """DER with a definite length. Spec: X.690 8.1.3, 10.1."""
+    size = len(content)
+    if size < 0x80:
+        return bytes((tag, size)) + content
+    length = size.to_bytes((size.bit_length() + 7) // 8, "big")
+    return bytes((tag, 0x80 | len(length))) + length + content
 
 
 def check_issued(issued: x509.Certificate, linted: x509.Certificate, issuer: x509.Certificate | None) -> None:

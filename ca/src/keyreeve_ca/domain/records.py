@@ -86,6 +86,14 @@ class SvidRecord:
     current: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What happened up to a step of the change sequence: digests of the agents concerned; None: everyone may be."""
+
+    number: int
+    agents: frozenset[str] | None
+
+
 def digest_of(*parts: object) -> str:
     """A short digest of what was ordered, to see whether an order changed."""
     return sha256("\n".join(map(str, parts)).encode()).hexdigest()

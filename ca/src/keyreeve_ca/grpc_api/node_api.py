@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
-from keyreeve_common.errors import InvalidRequest, KeyreeveError
+from keyreeve_common.errors import InvalidRequest, KeyreeveError, Overloaded
 from keyreeve_common.grpc_edge import Peer, current_peer
 from keyreeve_common.identity import SpiffeId
 from keyreeve_common.telemetry import log, log_warning
@@ -17,15 +18,22 @@ from keyreeve_common.x509_svid import X509Svid
 
 from keyreeve_ca.assignment_service import Assignment, renew_at, sync_agent
 from keyreeve_ca.domain.attestation import check_agent_version
+from keyreeve_ca.domain.records import digest_of
 from keyreeve_ca.grpc_api.feed import ChangeFeed
 from keyreeve_ca.grpc_api.protos import assignments_to_proto
 from keyreeve_ca.node_service import attest_node, authorise_agent, renew_agent_svid
 from keyreeve_ca.service import Ca, current_bundle
 
+R = TypeVar("R")
 FIRST_RETRY = timedelta(seconds=1)
 LONGEST_RETRY = timedelta(seconds=30)
-LONGEST_WAIT = timedelta(minutes=1)
+LONGEST_WAIT = timedelta(minutes=1)  # where few agents are connected
+LOOKS_PER_SECOND = 20  # at all agents together, where nothing asks for one
+LONGEST_WAIT_OF_MANY = timedelta(minutes=15)
 SHORTEST_WAIT = timedelta(milliseconds=200)
+SYNC_WORKERS = 8  # syncs at a time: the others wait in line, and administrators' calls have workers of their own
+MAX_STREAMS_PER_AGENT = 8
+_STREAMS_RETRY = timedelta(seconds=5)
 
 
 class NodeAttestationServicer(ca_pb2_grpc.NodeAttestationServicer):
@@ -54,7 +62,12 @@ class AgentsServicer(ca_pb2_grpc.AgentsServicer):
         self._ca = ca
         self._feed = feed
         self._clock = clock
-        self.connected: Counter[SpiffeId] = Counter()
+        self.connected: Counter[SpiffeId] = Counter()  # without those that have no stream
+        self._workers = ThreadPoolExecutor(SYNC_WORKERS, thread_name_prefix="sync")
+
+    def close(self) -> None:
+        """Waits for the syncs that are under way; those in line are given up."""
+        self._workers.shutdown(cancel_futures=True)
 
     async def RenewAgentSvid(
         self, request: ca_pb2.RenewAgentSvidRequest, context: Any
@@ -69,15 +82,23 @@ class AgentsServicer(ca_pb2_grpc.AgentsServicer):
         """Full state at once, then on every change; the caller is authorised again before each push."""
         peer = current_peer()
         caller = peer.require_svid(self._clock())
-        await asyncio.to_thread(self._arrive, caller, check_agent_version(request.agent_version))
-        self.connected[caller.spiffe_id] += 1
-        log("agent_connected", agent_id=str(caller.spiffe_id))
+        agent, version = caller.spiffe_id, check_agent_version(request.agent_version)
+        if self.connected[agent] >= MAX_STREAMS_PER_AGENT:
+            raise Overloaded(f"{MAX_STREAMS_PER_AGENT} streams of this agent are open", retry_after=_STREAMS_RETRY)
+        self.connected[agent] += 1
         try:
-            async for message in self._states(peer, caller.spiffe_id):
+            await self._in_line(self._arrive, caller, version)
+            log("agent_connected", agent_id=str(agent))
+            async for message in self._states(peer, agent):
                 yield message
         finally:
-            self.connected[caller.spiffe_id] -= 1
-            log("agent_disconnected", agent_id=str(caller.spiffe_id))
+            self.connected[agent] -= 1
+            if not self.connected[agent]:
+                del self.connected[agent]
+            log("agent_disconnected", agent_id=str(agent))
+
+    async def _in_line(self, work: Callable[..., R], *arguments: Any) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work, *arguments)
 
     def _arrive(self, caller: X509Svid, version: str) -> None:
         authorise_agent(self._ca, caller)
@@ -86,22 +107,23 @@ class AgentsServicer(ca_pb2_grpc.AgentsServicer):
     async def _states(self, peer: Peer, agent: SpiffeId) -> AsyncIterator[ca_pb2.Assignments]:
         last: ca_pb2.Assignments | None = None
         retry = FIRST_RETRY
-        while True:
-            version = self._feed.version
-            message, wait = await self._look(peer, agent, retry)
-            failing = message is None or any(each.HasField("error") for each in message.assignments)
-            retry = min(retry * 2, LONGEST_RETRY) if failing else FIRST_RETRY
-            if message is not None and not _same(message, last):
-                message.sequence = max(message.sequence, last.sequence + 1 if last else 0)
-                last = message
-                yield message
-            await self._feed.wait_beyond(version, at_most=wait)
+        with self._feed.watch(agent) as watch:
+            while True:
+                watch.begin_look()
+                message, wait = await self._look(peer, agent, retry)
+                failing = message is None or any(each.HasField("error") for each in message.assignments)
+                retry = min(retry * 2, LONGEST_RETRY) if failing else FIRST_RETRY
+                if message is not None and not _same(message, last):
+                    message.sequence = max(message.sequence, last.sequence + 1 if last else 0)
+                    last = message
+                    yield message
+                await watch.wait(at_most=wait)
 
     async def _look(self, peer: Peer, agent: SpiffeId, retry: timedelta) -> tuple[ca_pb2.Assignments | None, timedelta]:
         """The state of now, and when to look again. None while the store is away: the agent keeps what it has."""
         caller = peer.require_svid(self._clock())
         try:
-            return await asyncio.to_thread(self._state, caller, agent, retry)
+            return await self._in_line(self._state, caller, agent, retry)
         except KeyreeveError as error:
             if error.rendering.http < 500:
                 raise
@@ -121,7 +143,12 @@ class AgentsServicer(ca_pb2_grpc.AgentsServicer):
         now = self._clock()
         due = [renew_at(each.svid) - now for each in assignments if each.svid is not None]
         due += [each.entry.expires_at - now for each in assignments if each.entry.expires_at is not None]
-        return max(SHORTEST_WAIT, min([LONGEST_WAIT, caller.not_after - now, *due]))
+        return max(SHORTEST_WAIT, min([self._longest_wait(caller.spiffe_id), caller.not_after - now, *due]))
+
+    def _longest_wait(self, agent: SpiffeId) -> timedelta:
+        """A minute, or more where many agents are connected; each its own up to a fifth less, so that they do not come as one."""
+        wait = min(max(LONGEST_WAIT, timedelta(seconds=len(self.connected) / LOOKS_PER_SECOND)), LONGEST_WAIT_OF_MANY)
+        return wait * (1 - int(digest_of(agent)[:4], 16) / 0xFFFF / 5)
 
 
 def _same(new: ca_pb2.Assignments, old: ca_pb2.Assignments | None) -> bool:

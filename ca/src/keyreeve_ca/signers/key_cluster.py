@@ -16,6 +16,7 @@ import grpc
 from keyreeve_client.channel import SvidFiles, open_sync_channel, open_sync_local_channel
 from keyreeve_client.key_admin import ClusterKey, Grant, KeyAdminClient, KeyServerHealth, KeySpec
 from keyreeve_client.remote_key import RemoteKey, RemoteSigner, make_remote_key
+from keyreeve_client.sign_batch import sign_batch
 from keyreeve_client.sign_client import SignClient
 from keyreeve_common.bundle import Bundle
 from keyreeve_common.errors import KeyreeveError, Unavailable
@@ -144,6 +145,23 @@ class GrpcKeyCluster:
     def private_key(self, key_id: str, spki_der: bytes, *, purpose: Purpose = Purpose.X509_CERTIFICATE) -> RemoteKey:
         return make_remote_key(spki_der, RemoteSigner(key_id, purpose, self._sign))
 
+    def sign_many(
+        self, key_id: str, scheme: SignatureScheme, purpose: Purpose, *, messages: Sequence[bytes]
+    ) -> list[bytes | KeyreeveError]:
+        """What one replica could not answer is asked of the next."""
+        results: list[bytes | KeyreeveError] = [Unavailable("no key server is configured")] * len(messages)
+        open_numbers = list(range(len(messages)))
+        for replica in self._replicas:
+            if not open_numbers:
+                break
+            asked = [messages[number] for number in open_numbers]
+            for number, result in zip(
+                open_numbers, _sign_at(replica, key_id, scheme, purpose, messages=asked), strict=True
+            ):
+                results[number] = result
+            open_numbers = [number for number in open_numbers if isinstance(results[number], Unavailable)]
+        return results
+
     def close(self) -> None:
         for replica in self._replicas:
             replica.close()
@@ -161,3 +179,24 @@ class GrpcKeyCluster:
             except Unavailable as error:
                 failure = error
         raise failure
+
+
+def _sign_at(
+    replica: Replica, key_id: str, scheme: SignatureScheme, purpose: Purpose, *, messages: Sequence[bytes]
+) -> Sequence[bytes | KeyreeveError]:
+    try:
+        channel = replica.channel()
+    except KeyreeveError as error:  # our own SVID cannot be used
+        return [error] * len(messages)
+    if len(messages) == 1:  # a stream costs more than it spares
+        return [_signed(SignClient(channel), key_id, scheme, purpose, messages[0])]
+    return sign_batch(channel, key_id, scheme, purpose, messages=messages, deadline=SIGN_DEADLINE)
+
+
+def _signed(
+    client: SignClient, key_id: str, scheme: SignatureScheme, purpose: Purpose, message: bytes
+) -> bytes | KeyreeveError:
+    try:
+        return client.sign(key_id, scheme, purpose, message=message, deadline=SIGN_DEADLINE)
+    except KeyreeveError as error:
+        return error

@@ -18,7 +18,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keyreeve_client.key_admin import ClusterKey, Grant, KeyServerHealth, KeySpec, KeyState
 from keyreeve_client.remote_key import RemoteKey, RemoteSigner, make_remote_key
 from keyreeve_common.bundle import Bundle
-from keyreeve_common.errors import Conflict, FailedPrecondition, InvalidRequest, KeyDisabled, KeyNotFound, NotFound
+from keyreeve_common.errors import (
+    Conflict,
+    FailedPrecondition,
+    InvalidRequest,
+    KeyDisabled,
+    KeyNotFound,
+    KeyreeveError,
+    NotFound,
+)
 from keyreeve_common.identity import SpiffeId
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import Purpose
@@ -162,6 +170,17 @@ class InMemoryKeyCluster:
 
     def private_key(self, key_id: str, spki_der: bytes, *, purpose: Purpose = Purpose.X509_CERTIFICATE) -> RemoteKey:
         return make_remote_key(spki_der, RemoteSigner(key_id, purpose, self.sign))
+
+    def sign_many(
+        self, key_id: str, scheme: SignatureScheme, purpose: Purpose, *, messages: Sequence[bytes]
+    ) -> list[bytes | KeyreeveError]:
+        return [self._signed(key_id, scheme, purpose, message) for message in messages]
+
+    def _signed(self, key_id: str, scheme: SignatureScheme, purpose: Purpose, message: bytes) -> bytes | KeyreeveError:
+        try:
+            return self.sign(key_id, scheme, purpose, message)
+        except KeyreeveError as error:
+            return error
 
     def sign(self, key_id: str, scheme: SignatureScheme, purpose: Purpose, message: bytes) -> bytes:
         stored = self._stored(key_id)

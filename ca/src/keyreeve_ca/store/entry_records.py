@@ -13,11 +13,10 @@ from keyreeve_ca.domain.entries import Entry, KeyOwner
 from keyreeve_ca.domain.grants import GrantState, NodeGrant
 from keyreeve_ca.domain.records import FormerKey, KeyUse, ManagedKey, SvidState
 from keyreeve_ca.store import schema
+from keyreeve_ca.store.change_log import agents_sharing, announce
 from keyreeve_ca.store.engine import read_transaction, write_transaction
 from keyreeve_ca.store.rows import (
-    CHANGES,
     Part,
-    bump,
     entry_from_row,
     entry_to_row,
     grant_from_row,
@@ -41,7 +40,7 @@ class EntryRecords(Part):
         with write_transaction(self.engine) as connection:
             _check_no_twin(connection, entry)
             connection.execute(schema.entries.insert().values(**entry_to_row(entry)))
-            bump(connection, CHANGES)
+            _announce(connection, entry)
 
     def get_entry(self, entry_id: str) -> Entry:
         with read_transaction(self.engine) as connection:
@@ -63,6 +62,11 @@ class EntryRecords(Part):
         with read_transaction(self.engine) as connection:
             return [entry_from_row(row) for row in connection.execute(query).mappings()]
 
+    def expired_entries(self, now: datetime) -> list[Entry]:
+        query = select(schema.entries).where(_E.expires_at <= now).order_by(_E.entry_id)
+        with read_transaction(self.engine) as connection:
+            return [entry_from_row(row) for row in connection.execute(query).mappings()]
+
     def update_entry(self, entry: Entry, *, read_revision: int) -> Entry:
         with write_transaction(self.engine) as connection:
             stored = _get(connection, entry.entry_id)
@@ -73,7 +77,7 @@ class EntryRecords(Part):
             connection.execute(
                 update(schema.entries).where(_E.entry_id == entry.entry_id).values(**entry_to_row(fresh))
             )
-            bump(connection, CHANGES)
+            _announce(connection, fresh)
             return fresh
 
     def delete_entry(self, entry_id: str) -> Entry:
@@ -85,7 +89,7 @@ class EntryRecords(Part):
             )
             if connection.execute(still_needed).first() is None:
                 withdraw(connection, entry.parent_id, owner=entry.owner)
-            bump(connection, CHANGES)
+            _announce(connection, entry)
             return entry
 
     def get_managed_key(self, owner: KeyOwner) -> ManagedKey | None:
@@ -198,6 +202,11 @@ def withdraw(connection: Connection, agent: SpiffeId, *, owner: KeyOwner | None 
     if owner is not None:
         query = query.where(_G.owner == owner.digest)
     connection.execute(query.values(state=GrantState.WITHDRAWING.value))
+
+
+def _announce(connection: Connection, entry: Entry) -> None:
+    """To its agent, and to those that share its key, since they share its certificate."""
+    announce(connection, [entry.parent_id, *agents_sharing(connection, [entry.owner.digest])])
 
 
 def _get(connection: Connection, entry_id: str) -> Entry:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from keyreeve_common.errors import Conflict, NotFound
 from keyreeve_common.identity import SpiffeId, TrustDomain
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, bindparam, func, select, update
 
 from keyreeve_ca.domain.authority import Authority
 from keyreeve_ca.domain.records import SvidRecord, SvidState
 from keyreeve_ca.store import schema
+from keyreeve_ca.store.change_log import agents_sharing, announce
 from keyreeve_ca.store.engine import read_transaction, write_transaction
 from keyreeve_ca.store.rows import (
     BUNDLE,
-    CHANGES,
     SVID_NUMBERS,
     Part,
     authority_from_row,
@@ -29,6 +29,16 @@ from keyreeve_ca.store.rows import (
 _A = schema.authorities.c
 _S = schema.svids.c
 _TRUST_DOMAIN = "trust_domain"
+_ISSUED = (
+    update(schema.svids)
+    .where(_S.serial == bindparam("of"))
+    .values(state=SvidState.ISSUED.value, chain_der=bindparam("chain_der"), current=bindparam("current"))
+)
+_FAILED = (
+    update(schema.svids)
+    .where(_S.serial == bindparam("of"))
+    .values(state=SvidState.FAILED.value, failure=bindparam("failure"))
+)
 
 
 class IssuanceRecords(Part):
@@ -40,14 +50,6 @@ class IssuanceRecords(Part):
                 connection.execute(schema.settings.insert().values(name=_TRUST_DOMAIN, value=trust_domain.name))
             elif stored != trust_domain.name:
                 raise Conflict(f"database belongs to trust domain {stored}, the configuration says {trust_domain}")
-
-    def change_sequence(self) -> int:
-        with read_transaction(self.engine) as connection:
-            return read_counter(connection, CHANGES)
-
-    def bump_change_sequence(self) -> int:
-        with write_transaction(self.engine) as connection:
-            return bump(connection, CHANGES)
 
     def bundle_sequence(self) -> int:
         with read_transaction(self.engine) as connection:
@@ -71,12 +73,30 @@ class IssuanceRecords(Part):
                 elif stored[authority.authority_id] != authority:
                     same = _A.authority_id == authority.authority_id
                     connection.execute(update(schema.authorities).where(same).values(**row))
-            bump(connection, CHANGES)
+            announce(connection, None)
 
     def record_intent(self, record: SvidRecord) -> None:
         with write_transaction(self.engine) as connection:
             number = bump(connection, SVID_NUMBERS)
             connection.execute(schema.svids.insert().values(**svid_to_row(record, number)))
+
+    def record_intents(self, records: Sequence[SvidRecord]) -> None:
+        with write_transaction(self.engine) as connection:
+            last = bump(connection, SVID_NUMBERS, by=len(records))
+            numbered = enumerate(records, last - len(records) + 1)
+            rows = [svid_to_row(record, number) for number, record in numbered]
+            connection.execute(schema.svids.insert(), rows)
+
+    def record_results(self, issued: Sequence[SvidRecord], failures: Mapping[str, str]) -> None:
+        with write_transaction(self.engine) as connection:
+            if failures:
+                texts = [{"of": serial, "failure": text} for serial, text in failures.items()]
+                connection.execute(_FAILED, texts)
+            if issued:
+                _record_issued(connection, issued)
+                sharing = agents_sharing(connection, [record.subject for record in issued])
+                if sharing:  # else it is no entry's SVID
+                    announce(connection, sharing)
 
     def record_issued(self, serial: str, chain_der: Sequence[bytes]) -> SvidRecord:
         with write_transaction(self.engine) as connection:
@@ -124,6 +144,21 @@ class IssuanceRecords(Part):
                 mark = select(func.max(_S.number)).where(_S.serial == after).scalar_subquery()
                 query = query.where(_S.number < mark)
             return [svid_from_row(row) for row in connection.execute(query).mappings()]
+
+
+def _record_issued(connection: Connection, issued: Sequence[SvidRecord]) -> None:
+    newest = {record.subject: record.serial for record in issued}
+    connection.execute(update(schema.svids).where(_S.subject.in_(newest), _S.current.is_(True)).values(current=False))
+    rows = [
+        {
+            "of": record.serial,
+            "chain_der": chain_to_json(record.chain_der),
+            "current": newest[record.subject] == record.serial,
+        }
+        for record in issued
+    ]
+    if connection.execute(_ISSUED, rows).rowcount != len(rows):
+        raise NotFound("no such SVID")  # and nothing of this batch is changed
 
 
 def _authorities(connection: Connection) -> list[Authority]:

@@ -12,9 +12,10 @@ from sqlalchemy import Connection, delete, select, update
 from keyreeve_ca.domain.attestation import JoinToken, refused_token
 from keyreeve_ca.domain.records import Agent
 from keyreeve_ca.store import schema
+from keyreeve_ca.store.change_log import announce
 from keyreeve_ca.store.engine import read_transaction, write_transaction
 from keyreeve_ca.store.entry_records import withdraw
-from keyreeve_ca.store.rows import CHANGES, Part, agent_from_row, agent_to_row, bump
+from keyreeve_ca.store.rows import Part, agent_from_row, agent_to_row
 
 _A = schema.agents.c
 _T = schema.join_tokens.c
@@ -53,7 +54,7 @@ class NodeRecords(Part):
                 return False
             if not connection.execute(update(schema.agents).where(same).values(**row)).rowcount:
                 connection.execute(schema.agents.insert().values(**row))
-            bump(connection, CHANGES)
+            announce(connection, [agent.spiffe_id])
             return True
 
     def renew_agent(
@@ -68,7 +69,7 @@ class NodeRecords(Part):
                 .where(_A.spiffe_id == str(spiffe_id))
                 .values(serials=[serial, renewed_from], svid_not_after=not_after, last_seen_at=seen_at)
             )
-            bump(connection, CHANGES)
+            announce(connection, [spiffe_id])
             return True
 
     def get_agent(self, spiffe_id: SpiffeId) -> Agent:
@@ -99,7 +100,7 @@ class NodeRecords(Part):
             )
             if not fresh.may_act:
                 withdraw(connection, spiffe_id)
-            bump(connection, CHANGES)
+            announce(connection, [spiffe_id])
             return fresh
 
 

@@ -34,9 +34,9 @@ class Part:
     engine: Engine
 
 
-def bump(connection: Connection, name: str) -> int:
-    """The counter's next value. Write transactions are serial, so there is no race."""
-    value = 1 + read_counter(connection, name)
+def bump(connection: Connection, name: str, *, by: int = 1) -> int:
+    """The counter's next value, `by` steps on. Write transactions are serial, so there is no race."""
+    value = by + read_counter(connection, name)
     changed = connection.execute(
         update(schema.counters).where(schema.counters.c.name == name).values(value=value)
     ).rowcount

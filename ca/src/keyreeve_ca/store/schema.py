@@ -132,12 +132,18 @@ node_grants = Table(
     "node_grants",
     metadata,
     Column("owner", _HASH, ForeignKey("managed_keys.owner"), primary_key=True),
-    Column("agent_hash", _HASH, primary_key=True),
+    Column("agent_hash", _HASH, primary_key=True, index=True),
     Column("agent", _ID, nullable=False),
     Column("key_id", String(64), nullable=False),
     Column("state", String(16), nullable=False, index=True),
     Column("expires_at", UtcTime),
     Column("revoked_at", UtcTime),
+)
+change_log = Table(
+    "change_log",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("agent_hash", _HASH, primary_key=True),  # empty: everyone
 )
 svids = Table(
     "svids",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from keyreeve_ca.store.agent_views import AgentViews
+from keyreeve_ca.store.change_log import ChangeLog
 from keyreeve_ca.store.engine import BUSY_TIMEOUT, has_schema, migrate, open_engine
 from keyreeve_ca.store.entry_records import EntryRecords
 from keyreeve_ca.store.issuance_records import IssuanceRecords
 from keyreeve_ca.store.node_records import NodeRecords
 
 
-class SqlStore(EntryRecords, NodeRecords, IssuanceRecords):
+class SqlStore(EntryRecords, NodeRecords, IssuanceRecords, AgentViews, ChangeLog):
     """Safe to share among threads."""
 
     @classmethod
