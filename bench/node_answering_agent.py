@@ -15,11 +15,11 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from keyreeve_client.agent import event_loop
 from keyreeve_client.agent.config import SignSocketConfig
 from keyreeve_client.agent.sign_listener import bind_sign_socket
 from keyreeve_client.agent.sign_server import Cancellable, SignServer
 from keyreeve_client.sign_client import Answered
+from keyreeve_common import event_loop
 from keyreeve_common.key_id import KeyId, parse_key_id
 from keyreeve_common.sign_socket import SignFrame
 

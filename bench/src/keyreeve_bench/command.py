@@ -26,7 +26,7 @@ class Profile(StrEnum):
     FULL = "full"
 
 
-def bench(
+def bench(  # noqa: PLR0917 - options of a command
     profile: Annotated[
         Profile, typer.Option(help="smoke: does it run; quick: under 45 s; full: minutes.")
     ] = Profile.QUICK,

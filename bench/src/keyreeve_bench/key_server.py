@@ -68,7 +68,13 @@ class KeyServer:
         directory.mkdir(mode=0o700)
         port = _claim_port(settings.port)
         _write_configs(directory, settings, port)
-        command = [settings.python, "-m", "keyreeve_keyserver", "--config", directory / "keyserver.toml"]
+        command: list[str | Path] = [
+            settings.python,
+            "-m",
+            "keyreeve_keyserver",
+            "--config",
+            directory / "keyserver.toml",
+        ]
         with BenchProcess("key server", command, log=directory / "log") as process:
             process.wait_ready(START_PATIENCE_S)
             server = cls(process, directory, port)

@@ -1,7 +1,7 @@
 """One load generator: a process of its own, so that its processor time is never counted as the key server's.
 
-It signs through the product's own client (one stream, batches of up to 64). It reads one JSON command a line from stdin and answers with one JSON
-line each; at the end of stdin it ends, so it never outlives the benchmark. Started as `python -m keyreeve_bench.load`.
+It signs through the product's own client (one stream, batches of up to 64). It reads one JSON command a line from stdin and answers with one
+JSON line each; at the end of stdin it ends, so it never outlives the benchmark. Started as `python -m keyreeve_bench.load`.
 """
 
 from __future__ import annotations

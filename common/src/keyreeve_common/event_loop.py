@@ -1,4 +1,4 @@
-"""The event loop that services run on: uvloop where the extra `speed` is installed, else asyncio's own. Both behave alike.
+"""The event loop that services run on: uvloop where it is installed, else asyncio's own; nothing else depends on which (docs/adr/0032).
 
 Not for the signer: libuv's io_uring has no place behind its seccomp filter, and the process that holds keys takes in no more native code
 than it must.
@@ -7,18 +7,20 @@ than it must.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
-
-T = TypeVar("T")
-new_event_loop: Callable[[], asyncio.AbstractEventLoop]
-try:
-    from uvloop import new_event_loop
-except ImportError:
-    new_event_loop = asyncio.new_event_loop
+from collections.abc import Coroutine
+from typing import Any
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """As asyncio.run."""
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(main)
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """asyncio.run on the faster loop."""
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
+
+
+def loop_name() -> str:
+    """For the log: the package of the loop that runs, "uvloop" or "asyncio"."""
+    return type(asyncio.get_running_loop()).__module__.partition(".")[0]

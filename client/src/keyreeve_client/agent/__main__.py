@@ -9,11 +9,11 @@ import resource
 import sys
 from pathlib import Path
 
+from keyreeve_common import event_loop
 from keyreeve_common.config import load_config
 from keyreeve_common.errors import KeyreeveError
 from keyreeve_common.telemetry import configure_logging, log_error
 
-from keyreeve_client.agent import event_loop
 from keyreeve_client.agent.config import AgentConfig
 from keyreeve_client.agent.service import Agent, check
 

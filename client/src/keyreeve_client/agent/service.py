@@ -14,6 +14,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from keyreeve_common.event_loop import loop_name
 from keyreeve_common.key_reference import KeyReference
 from keyreeve_common.prometheus_export import MetricsServer
 from keyreeve_common.telemetry import log, log_warning, notify_ready
@@ -23,7 +24,6 @@ from keyreeve_common.x509_svid import to_pem
 from keyreeve_client.agent.assignments import AgentState, Assignment, CurrentKeys, utc_now
 from keyreeve_client.agent.attestation import NodeIdentity
 from keyreeve_client.agent.config import AgentConfig
-from keyreeve_client.agent.event_loop import loop_name
 from keyreeve_client.agent.file_sink import SvidFiles
 from keyreeve_client.agent.key_cluster import KeyCluster, balancer_settings
 from keyreeve_client.agent.metrics import watch_agent

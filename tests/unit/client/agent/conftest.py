@@ -1,4 +1,4 @@
-"""What waits on sockets and timers is tested on both loops that the agent may have (keyreeve_client.agent.event_loop)."""
+"""What waits on sockets and timers is tested on both loops that the agent may have (keyreeve_common.event_loop)."""
 
 from __future__ import annotations
 

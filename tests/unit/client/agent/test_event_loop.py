@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from keyreeve_client.agent import event_loop
+from keyreeve_common import event_loop
 
 # A process to which the kernel refuses io_uring as the agent's systemd unit does: SCMP_ACT_ALLOW, and EPERM for three calls.
 WITHOUT_IO_URING = """
@@ -18,7 +18,7 @@ rules = ctypes.c_void_p(seccomp.seccomp_init(0x7FFF0000))
 for name in (b"io_uring_setup", b"io_uring_enter", b"io_uring_register"):
     assert seccomp.seccomp_rule_add(rules, 0x00050001, seccomp.seccomp_syscall_resolve_name(name), 0) == 0
 assert seccomp.seccomp_load(rules) == 0
-from keyreeve_client.agent import event_loop
+from keyreeve_common import event_loop
 
 async def look():
     server = await asyncio.start_server(lambda reader, writer: writer.write(b"served"), "127.0.0.1", 0)
