@@ -12,6 +12,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from keyreeve_bench.checkout_parts import PARTS, run_part
 from keyreeve_bench.generators import Generators
 from keyreeve_bench.key_server import BenchKey, KeyServer, KeyServerSettings
 from keyreeve_bench.openssl_speed import find_openssl, openssl_version
@@ -19,7 +20,8 @@ from keyreeve_bench.ratios import measure_scheme
 from keyreeve_bench.schemes import FULL, P256, QUICK, BenchScheme
 from keyreeve_bench.targets import judge
 
-FULL_PARTS = ("ratios", "latency")
+OWN_PARTS = ("ratios", "latency")
+FULL_PARTS = (*OWN_PARTS, *(part.name for part in PARTS))
 Say = Callable[[str], None]
 
 
@@ -54,21 +56,39 @@ PLANS = {
     ),
 }
 _MIN_SLICE_S, _SPEED_S = 0.5, 1.1
+_OPEN_LOOP_S, _RATE_WITHOUT_RATIOS = 5.0, 4_000.0
 
 
 def run_profile(options: Options, say: Say) -> dict[str, Any]:
     """The whole result. Raises: KeyreeveError; whatever it raises, nothing that it started runs on."""
     began = monotonic()
-    openssl = find_openssl()
     plan = PLANS[options.profile]
+    result: dict[str, Any] = {"conditions": _conditions(options, plan, openssl := find_openssl())}
+    if options.part in {"", *OWN_PARTS}:
+        result |= _of_own_server(plan, options, openssl=openssl, say=say, began=began)
+    if options.profile == "full":
+        _add_checkout_parts(result, options, say)
+    result["seconds"] = round(monotonic() - began, 1)
+    result["targets"] = judge(result)
+    return result
+
+
+def _of_own_server(plan: Plan, options: Options, *, openssl: str, say: Say, began: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="keyreeve-bench-") as name:
         settings = KeyServerSettings(options.python, port=options.port, fsync=options.fsync)
         say("starting a key server")
         with KeyServer.running(Path(name) / "ks", settings) as server:
-            result = _measure(server, plan, options, openssl=openssl, say=say, began=began)
-    result["seconds"] = round(monotonic() - began, 1)
-    result["targets"] = judge(result)
-    return result
+            return _measure(server, plan, options, openssl=openssl, say=say, began=began)
+
+
+def _add_checkout_parts(result: dict[str, Any], options: Options, say: Say) -> None:
+    result["parts"] = {}
+    for part in PARTS:
+        if options.part in {"", part.name}:
+            say(f"bench/{part.name}.py")
+            result["parts"][part.name], figures = run_part(part)
+            for section, numbers in figures.items():
+                result.setdefault(section, {}).update(numbers)
 
 
 def _measure(
@@ -79,7 +99,7 @@ def _measure(
             scheme.name: server.make_keys(scheme.key_type, plan.keys, holders=generators.holders)
             for scheme in plan.schemes
         }
-        result: dict[str, Any] = {"engine": server.engine(), "conditions": _conditions(options, plan, openssl)}
+        result: dict[str, Any] = {"engine": server.engine()}
         if options.part != "latency":
             result |= _ratios(generators, plan, keys, openssl=openssl, say=say, began=began)
         if options.part != "ratios":
@@ -87,7 +107,23 @@ def _measure(
             generators.warm(P256, keys[P256.name])
             lone = generators.lone(P256, keys[P256.name], seconds=plan.lone_s)
             result["latency_ms"] = lone.latencies.summary()
+            if plan.rates:
+                result["open_loop"] = _open_loop(generators, plan, keys[P256.name], result, say)
     return result
+
+
+def _open_loop(
+    generators: Generators, plan: Plan, keys: list[BenchKey], result: dict[str, Any], say: Say
+) -> list[dict[str, Any]]:
+    """Latency of P-256 at several offered rates, counted from when each request was to leave."""
+    reached = result.get("schemes", {}).get(P256.name, {}).get("signatures_per_second", _RATE_WITHOUT_RATIOS)
+    rows = []
+    for share in plan.rates:
+        rate = round(reached * share)
+        say(f"open loop, {rate} requests a second")
+        found = generators.open_loop(P256, keys, seconds=_OPEN_LOOP_S, rate=rate)
+        rows.append({"rate": rate, "share": share, "codes": dict(found.codes), **found.latencies.summary()})
+    return rows
 
 
 def _ratios(

@@ -9,7 +9,7 @@ from typing import Any
 def text_lines(result: Mapping[str, Any]) -> Iterator[str]:
     conditions = result["conditions"]
     yield f"{conditions['processor']}, {conditions['cores']} cores, {conditions['openssl']}, Python {conditions['python']}"
-    yield f"engine {result['engine']}; mutual TLS, policy, purpose checks and audit log on, audit.fsync = {conditions['audit_fsync']}"
+    yield f"engine {result.get('engine', 'not asked')}; mutual TLS, policy, purpose checks, audit log; audit.fsync {conditions['audit_fsync']}"
     for name, scheme in result.get("schemes", {}).items():
         yield (
             f"{name:8} {scheme['signatures_per_core_second']:>10.0f} signatures per busy core and second, "
@@ -18,6 +18,11 @@ def text_lines(result: Mapping[str, Any]) -> Iterator[str]:
     if "latency_ms" in result:
         latency = result["latency_ms"]
         yield f"lone request, agent's client to key server: p50 {latency['p50']} ms, p99 {latency['p99']} ms"
+    for row in result.get("open_loop", ()):
+        yield f"open loop {row['rate']:>6}/s: p50 {row['p50']} ms, p99 {row['p99']} ms, p99.9 {row['p99.9']} ms"
+    for name, part in result.get("parts", {}).items():
+        if "not_run" in part:
+            yield f"{name}: not run: {part['not_run']}"
     yield ""
     yield from targets_table(result["targets"])
 
