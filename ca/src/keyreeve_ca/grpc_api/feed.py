@@ -66,6 +66,10 @@ class ChangeFeed:
             for watch in watches:
                 watch.wake()
 
+    async def start(self) -> None:
+        """Remembers where the store is; before the first watch, so that those who come do not look twice. Raises: storage errors."""
+        self._stored = (await asyncio.to_thread(self._store.changes_since, self._stored)).number
+
     async def follow(self, interval: timedelta) -> None:
         """Looks at the store for what changed, here or at other instances, until it is cancelled."""
         while True:
