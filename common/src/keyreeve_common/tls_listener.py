@@ -40,5 +40,7 @@ def reloading_credentials(
     """One listener's credentials; `current` gives the same object for as long as nothing changed. It may be called from any thread."""
     fetch = ChangedConfiguration(current)
     return grpc.dynamic_ssl_server_credentials(
-        fetch.initial, fetch, require_client_authentication=require_client_authentication
+        fetch.initial,
+        fetch,  # type: ignore[arg-type]  # grpcio's documentation allows None for "no change", its stubs do not
+        require_client_authentication=require_client_authentication,
     )

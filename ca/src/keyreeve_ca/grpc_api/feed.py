@@ -24,6 +24,11 @@ class Watch:
     def __init__(self) -> None:
         self._changed = asyncio.Event()
 
+    @property
+    def changed(self) -> bool:
+        """Whether something changed since the last look began."""
+        return self._changed.is_set()
+
     def begin_look(self) -> None:
         self._changed.clear()
 
@@ -56,6 +61,11 @@ class ChangeFeed:
             self._watches[name].discard(watch)
             if not self._watches[name]:
                 del self._watches[name]
+
+    @property
+    def watched(self) -> int:
+        """How many agents have a stream."""
+        return len(self._watches)
 
     def nudge(self) -> None:
         """Something changed here: the store is looked at now, and not only after the interval."""
