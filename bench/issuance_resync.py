@@ -17,6 +17,7 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import grpc.aio
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -40,6 +42,7 @@ from keyreeve_ca.signers.local import ThrowAwayKeys
 from keyreeve_ca.store import schema
 from keyreeve_ca.store.rows import agent_to_row, entry_to_row, grant_to_row
 from keyreeve_ca.store.sql_store import SqlStore
+from keyreeve_client.agent.backoff import Backoff
 from keyreeve_client.channel import TlsIdentity, open_channel, open_sync_local_channel
 from keyreeve_common.identity import SpiffeId
 from keyreeve_common.purposes import Purpose
@@ -84,7 +87,22 @@ async def _play(target: Target, stubs: Sequence[AgentStub], results: Any, stop: 
     began = monotonic()
     kept: list[Any] = []
 
+    failed: Counter[str] = Counter()
+
     async def agent(stub: AgentStub) -> None:
+        """As an agent does it: again after a failure, later each time."""
+        backoff = Backoff(timedelta(milliseconds=200), timedelta(seconds=30))
+        while True:
+            try:
+                message = await connect(stub)
+                break
+            except grpc.aio.AioRpcError as error:
+                failed[f"{error.code().name}: {str(error.details())[-60:]}"] += 1
+                await asyncio.sleep(backoff.next())
+        waits.append(monotonic() - began)
+        sizes.append(sum(not each.HasField("error") for each in message.assignments))
+
+    async def connect(stub: AgentStub) -> ca_pb2.Assignments:
         async with opening:
             identity = TlsIdentity(target.bundle_pem, stub.chain_pem, stub.key_pem)
             channel = open_channel(target.address, identity, server_id=SpiffeId.parse(target.server_id))
@@ -92,14 +110,11 @@ async def _play(target: Target, stubs: Sequence[AgentStub], results: Any, stop: 
                 ca_pb2.WatchAssignmentsRequest(agent_version="bench")
             )
             kept.append((channel, call))
-            await channel.channel_ready()
-        message = await call.read()
-        waits.append(monotonic() - began)
-        sizes.append(sum(not each.HasField("error") for each in message.assignments))
+            message: ca_pb2.Assignments = await call.read()
+            return message
 
-    outcomes = await asyncio.gather(*(agent(stub) for stub in stubs), return_exceptions=True)
-    errors = [repr(each)[:200] for each in outcomes if isinstance(each, BaseException)]
-    results.put({"waits": waits, "assignments": sum(sizes), "errors": errors})
+    await asyncio.gather(*(agent(stub) for stub in stubs))
+    results.put({"waits": waits, "assignments": sum(sizes), "failed_attempts": dict(failed)})
     await asyncio.to_thread(stop.wait)  # connected agents are part of the load
     for channel, call in kept:
         call.cancel()
@@ -298,7 +313,7 @@ def storm(fleet: Fleet, stubs: Sequence[AgentStub], counts: DatabaseStatements) 
         "wall_s": round(wall, 1),
         "waits_s": _quantiles([wait for each in found for wait in each["waits"]]),
         "assignments": sum(each["assignments"] for each in found),
-        "errors": [error for each in found for error in each["errors"]][:5],
+        "failed_attempts": dict(sum((Counter(each["failed_attempts"]) for each in found), Counter())),
         "cpu_s": cpu,
         "cpu_ms_per_agent": {name: round(seconds / len(stubs) * 1000, 2) for name, seconds in cpu.items()},
         "ca_peak_memory_mib": peak_memory_mib(fleet.process.pid),

@@ -79,6 +79,7 @@ async def serve(config: CaConfig) -> None:
         feed = ChangeFeed(store)
         listeners = Listeners(ca, config, feed)
         metrics = MetricsServer([listeners.metrics.snapshot])
+        await feed.start()
         await listeners.start()
         listeners.metrics.watch(
             listeners.agents.connected, lambda: active_authority(store.list_authorities()).not_after

@@ -14,6 +14,7 @@ from keyreeve_common.errors import ConfigInvalid, KeyreeveError
 from keyreeve_common.files import make_private_directory
 from keyreeve_common.grpc_edge import ANYONE, LOCAL, SERVER_PING_OPTIONS, EdgeInterceptor
 from keyreeve_common.telemetry import log, log_warning
+from keyreeve_common.tls_listener import reloading_credentials
 from keyreeve_common.v1 import ca_pb2_grpc
 
 from keyreeve_ca.config import CaConfig
@@ -58,7 +59,7 @@ def allow_table(config: CaConfig) -> dict[str, tuple[str, ...]]:
 
 
 class _ServerCertificate:
-    """What gRPC asks at each new connection: the SVID as it is in the files now; the one before while they cannot be used."""
+    """What a listener asks at each new connection: the SVID as it is in the files now; the one before while they cannot be used."""
 
     def __init__(self, files: SvidFiles) -> None:
         self._files = files
@@ -101,12 +102,8 @@ class Listeners:
             self._add_admin_services(server)
         ca_pb2_grpc.add_AgentsServicer_to_server(self.agents, api)
         ca_pb2_grpc.add_NodeAttestationServicer_to_server(NodeAttestationServicer(self.ca, self.feed), attest)
-        mutual = grpc.dynamic_ssl_server_credentials(
-            certificate.current, certificate, require_client_authentication=True
-        )
-        one_sided = grpc.dynamic_ssl_server_credentials(
-            certificate.current, certificate, require_client_authentication=False
-        )
+        mutual = reloading_credentials(certificate, require_client_authentication=True)
+        one_sided = reloading_credentials(certificate, require_client_authentication=False)
         _bind(api, self.config.listen, mutual)
         _bind(attest, self.config.attest_listen, one_sided)
         self._bind_admin(admin, self.config.admin_socket)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -9,7 +10,15 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from keyreeve_ca.domain.issuance import authority_subject, sign_builder
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+from keyreeve_ca.domain.issuance import (
+    AuthorityOrder,
+    authority_subject,
+    build_authority,
+    leave_unsigned,
+    make_serial,
+    sign_builder,
+)
 from keyreeve_ca.signers.key_cluster import GrpcKeyCluster, local_replica
 from keyreeve_ca.signers.local import InMemoryKeyCluster
 from keyreeve_client.key_admin import AuthorityKind, AuthorityProfile, KeySpec, KeyState
@@ -19,12 +28,14 @@ from keyreeve_common.errors import (
     InvalidRequest,
     KeyDisabled,
     KeyreeveError,
+    MessageTooLarge,
     NotFound,
     Unavailable,
 )
 from keyreeve_common.identity import SpiffeId, TrustDomain
 from keyreeve_common.purposes import KeyRole, Purpose
-from keyreeve_common.schemes import KeyType
+from keyreeve_common.schemes import KeyType, SignatureScheme
+from keyreeve_common.verification import verify_signature
 from keyreeve_testing.keyserver import KeyServerRig
 
 TD = TrustDomain("example.org")
@@ -179,3 +190,81 @@ def test_rotation_gives_one_successor_with_the_grants(cluster: Any) -> None:
     cluster.disable_key(first.key_id)
     with pytest.raises(FailedPrecondition):
         cluster.retire_key(first.key_id, at=soon())
+
+
+def make_root_key(cluster: Any, number: int) -> Any:
+    subject = authority_subject(TD, root=True, number=number)
+    profile = AuthorityProfile(
+        TD, AuthorityKind.ROOT, subject.public_bytes(), timedelta(days=400), timedelta(hours=1), 1
+    )
+    purposes = frozenset({Purpose.X509_CERTIFICATE})
+    spec = KeySpec(f"contract-many-{number}", KeyType.EC_P256, KeyRole.AUTHORITY, purposes, authority_profile=profile)
+    return cluster.create_key(spec)
+
+
+def root_tbs(spki_der: bytes, number: int, serial: int) -> bytes:
+    """What the authority may sign: its own certificate."""
+    public_key: Any = load_der_public_key(spki_der)
+    now = datetime.now(UTC).replace(microsecond=0)
+    order = AuthorityOrder(
+        TD, authority_subject(TD, root=True, number=number), public_key, serial, now, now + timedelta(days=30)
+    )
+    return leave_unsigned(build_authority(order), public_key).tbs_der
+
+
+@pytest.mark.parametrize("count", [1, 3, 150])
+def test_many_signatures_come_in_their_order(cluster: Any, count: int) -> None:
+    made = make_root_key(cluster, 80)
+    messages = [root_tbs(made.spki_der, 80, make_serial(secrets.token_bytes(16))) for _ in range(count)]
+    scheme = SignatureScheme.ECDSA_SECP256R1_SHA256
+    results = cluster.sign_many(made.key_id, scheme, Purpose.X509_CERTIFICATE, messages=messages)
+    for message, result in zip(messages, results, strict=True):
+        assert isinstance(result, bytes), result
+        verify_signature(load_der_public_key(made.spki_der), scheme, message, signature=result)
+
+
+def test_nothing_is_signed_for_nothing(cluster: Any) -> None:
+    scheme = SignatureScheme.ECDSA_SECP256R1_SHA256
+    assert cluster.sign_many("nobody", scheme, Purpose.X509_CERTIFICATE, messages=[]) == []
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_key_that_is_not_there_is_each_items_error(cluster: Any, count: int) -> None:
+    scheme = SignatureScheme.ECDSA_SECP256R1_SHA256
+    results = cluster.sign_many("nobody", scheme, Purpose.X509_CERTIFICATE, messages=[b"tbs"] * count)
+    assert len(results) == count
+    assert all(isinstance(each, NotFound) for each in results)
+
+
+def test_item_that_is_refused_costs_the_others_nothing(tmp_path: Path) -> None:
+    """Only the key server knows what a TBSCertificate is."""
+    rig = KeyServerRig(tmp_path / "ks")
+    with rig.running(initialised=False):
+        cluster = GrpcKeyCluster([local_replica(rig.admin_socket)])
+        made = make_root_key(cluster, 81)
+        good = root_tbs(made.spki_der, 81, make_serial(bytes(16)))
+        messages = [good, b"no certificate", b"x" * 70_000, good]
+        scheme = SignatureScheme.ECDSA_SECP256R1_SHA256
+        results = cluster.sign_many(made.key_id, scheme, Purpose.X509_CERTIFICATE, messages=messages)
+        assert [isinstance(each, bytes) for each in results] == [True, False, False, True]
+        assert isinstance(results[2], MessageTooLarge)
+        cluster.close()
+
+
+def test_replica_that_is_away_costs_no_item(tmp_path: Path) -> None:
+    rig = KeyServerRig(tmp_path / "ks")
+    with rig.running(initialised=False):
+        alone = GrpcKeyCluster([local_replica(rig.admin_socket)])
+        made = make_root_key(alone, 82)
+        alone.close()
+        gone, here = local_replica(tmp_path / "nobody.sock"), local_replica(rig.admin_socket)
+        cluster = GrpcKeyCluster([gone, here])
+        messages = [root_tbs(made.spki_der, 82, make_serial(secrets.token_bytes(16))) for _ in range(5)]
+        scheme = SignatureScheme.ECDSA_SECP256R1_SHA256
+        results = cluster.sign_many(made.key_id, scheme, Purpose.X509_CERTIFICATE, messages=messages)
+        assert all(isinstance(each, bytes) for each in results)
+        cluster.close()
+        lost = GrpcKeyCluster([gone])
+        results = lost.sign_many(made.key_id, scheme, Purpose.X509_CERTIFICATE, messages=messages)
+        assert all(isinstance(each, Unavailable) for each in results)
+        lost.close()

@@ -24,6 +24,11 @@ class Watch:
     def __init__(self) -> None:
         self._changed = asyncio.Event()
 
+    @property
+    def changed(self) -> bool:
+        """Whether something changed since the last look began."""
+        return self._changed.is_set()
+
     def begin_look(self) -> None:
         self._changed.clear()
 
@@ -57,6 +62,11 @@ class ChangeFeed:
             if not self._watches[name]:
                 del self._watches[name]
 
+    @property
+    def watched(self) -> int:
+        """How many agents have a stream."""
+        return len(self._watches)
+
     def nudge(self) -> None:
         """Something changed here: the store is looked at now, and not only after the interval."""
         self._hurry.set()
@@ -65,6 +75,10 @@ class ChangeFeed:
         for watches in self._watches.values():
             for watch in watches:
                 watch.wake()
+
+    async def start(self) -> None:
+        """Remembers where the store is; before the first watch, so that those who come do not look twice. Raises: storage errors."""
+        self._stored = (await asyncio.to_thread(self._store.changes_since, self._stored)).number
 
     async def follow(self, interval: timedelta) -> None:
         """Looks at the store for what changed, here or at other instances, until it is cancelled."""

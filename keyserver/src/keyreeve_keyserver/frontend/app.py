@@ -18,6 +18,7 @@ from keyreeve_common.files import make_private_directory, read_secret
 from keyreeve_common.grpc_edge import ANYONE, LOCAL, SERVER_PING_OPTIONS, EdgeInterceptor
 from keyreeve_common.prometheus_export import MetricsServer
 from keyreeve_common.telemetry import log, log_warning
+from keyreeve_common.tls_listener import reloading_credentials
 from keyreeve_common.tracing import open_tracing
 from keyreeve_common.v1 import keyserver_pb2_grpc
 
@@ -274,9 +275,7 @@ class FrontEnd:
         shares = [("grpc.so_reuseport", int(not self._pair.is_alone))]
         server = grpc.aio.server(interceptors=[self._edge], options=[*_OPTIONS, *shares])
         self._servicers.add_to(server)
-        credentials = grpc.dynamic_ssl_server_credentials(
-            self._identity.configuration(), self._identity.configuration, require_client_authentication=True
-        )
+        credentials = reloading_credentials(self._identity.configuration, require_client_authentication=True)
         try:
             port = server.add_secure_port(self._config.listen, credentials)
         except RuntimeError as error:
