@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -73,6 +74,12 @@ def allow_table(config: KeyServerConfig) -> dict[str, tuple[str, ...]]:
     }
 
 
+async def _read_all(access: Access) -> None:
+    """All keys and grants, which the garbage collector then need not look through again and again."""
+    await access.refresh()
+    gc.freeze()
+
+
 def utc_now() -> datetime:
     return datetime.now(UTC)
 
@@ -137,7 +144,7 @@ class FrontEnd:
         tasks: list[asyncio.Task[None]] = []
         try:
             servicers, access = self._build(threads)
-            await access.refresh()
+            await _read_all(access)
             tasks.append(asyncio.create_task(access.follow(self._config.catalog.poll_interval)))
             if catalog.url.get_backend_name() == "postgresql":
                 tasks.append(asyncio.create_task(ChangeListener(catalog.url, access.wake).run()))
