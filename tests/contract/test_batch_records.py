@@ -16,7 +16,16 @@ import pytest
 from keyreeve_ca.domain.authority import Authority, AuthorityState
 from keyreeve_ca.domain.entries import Entry, KeyScope, Selector
 from keyreeve_ca.domain.grants import GrantState, NodeGrant
-from keyreeve_ca.domain.records import Agent, Changes, KeyUse, ManagedKey, SvidRecord, SvidState, digest_of
+from keyreeve_ca.domain.records import (
+    Agent,
+    Changes,
+    KeyUse,
+    ManagedKey,
+    SvidRecord,
+    SvidState,
+    digest_of,
+    renewal_time,
+)
 from keyreeve_ca.domain.views import SvidWish
 from keyreeve_ca.store.change_log import KEPT_STEPS, MAX_NAMED
 from keyreeve_ca.store.sql_store import SqlStore
@@ -237,12 +246,16 @@ def test_agents_are_due_for_what_is_missing_or_old(store: SqlStore) -> None:
     store.set_agent_standing(N2, banned=None, evicted=True)
     assert store.agents_due(NOW) == []
     assert store.agents_due(NOW + 0.44 * HOUR) == []
-    assert store.agents_due(NOW + 0.46 * HOUR) == [N1]
+    record = store.current_svid(served.owner.digest)
+    assert record is not None
+    due = renewal_time(record.serial, record.created_at, record.not_after)
+    assert store.agents_due(due - timedelta(seconds=1)) == []  # else a sync would look in vain, round after round
+    assert store.agents_due(due + timedelta(seconds=1)) == [N1]
     grant = store.get_node_grant(served.owner, N1)
     assert grant is not None
-    for state, due in ((GrantState.INTENDED, [N1]), (GrantState.REVOKED, []), (GrantState.LIVE, [])):
+    for state, found in ((GrantState.INTENDED, [N1]), (GrantState.REVOKED, []), (GrantState.LIVE, [])):
         store.save_node_grant(replace(grant, state=state))
-        assert store.agents_due(NOW) == due, state
+        assert store.agents_due(NOW) == found, state
     assert store.get_managed_key(served.owner) == replace(key_of(served), use=KeyUse.IN_USE)
 
 

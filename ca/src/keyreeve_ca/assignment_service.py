@@ -36,7 +36,7 @@ from keyreeve_ca.domain.grants import (
     NodeGrant,
     decide,
 )
-from keyreeve_ca.domain.records import KeyUse, ManagedKey, SvidRecord, digest_of
+from keyreeve_ca.domain.records import KeyUse, ManagedKey, SvidRecord, digest_of, renewal_time
 from keyreeve_ca.domain.views import AgentView, OwnersView, SvidWish
 from keyreeve_ca.issuance_service import issue_x509_svids
 from keyreeve_ca.service import Ca, SvidOrder
@@ -230,12 +230,7 @@ def _current(ca: Ca, entry: Entry, key: ManagedKey, owners: OwnersView) -> SvidR
 
 
 def renew_at(record: SvidRecord) -> datetime:
-    """Half of what it lives after its issuance, give or take a twentieth by the serial, so that a fleet does not renew as one.
-
-    The back-date does not count: one that is longer than the life would make every SVID due as soon as it is issued.
-    """
-    jitter = (int(record.serial[-4:], 16) / 0xFFFF - 0.5) / 10
-    return record.created_at + (record.not_after - record.created_at) * (0.5 + jitter)
+    return renewal_time(record.serial, record.created_at, record.not_after)
 
 
 def _fingerprint(entry: Entry) -> str:

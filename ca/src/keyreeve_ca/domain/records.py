@@ -86,6 +86,15 @@ class SvidRecord:
     current: bool = False
 
 
+def renewal_time(serial: str, created_at: datetime, not_after: datetime) -> datetime:
+    """When an SVID is due: at half of its life after issuance, give or take a twentieth by the serial, so that a fleet does not renew as one.
+
+    The back-date does not count: one that is longer than the life would make every SVID due as soon as it is issued.
+    """
+    jitter = (int(serial[-4:], 16) / 0xFFFF - 0.5) / 10
+    return created_at + (not_after - created_at) * (0.5 + jitter)
+
+
 @dataclass(frozen=True, slots=True)
 class Changes:
     """What happened up to a step of the change sequence: digests of the agents concerned; None: everyone may be."""

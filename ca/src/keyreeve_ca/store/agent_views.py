@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, Connection, Float, Text, and_, cast, func,
 
 from keyreeve_ca.domain.entries import KeyOwner
 from keyreeve_ca.domain.grants import GrantState
+from keyreeve_ca.domain.records import renewal_time
 from keyreeve_ca.domain.views import AgentView, OwnersView, SvidWish
 from keyreeve_ca.store import schema
 from keyreeve_ca.store.engine import read_transaction
@@ -24,7 +25,7 @@ _G = schema.node_grants.c
 _K = schema.managed_keys.c
 _F = schema.former_keys.c
 _S = schema.svids.c
-EARLIEST_RENEWAL = 0.45  # of a life; `assignment_service.renew_at` is never before
+EARLIEST_RENEWAL = 0.45  # of a life: `renewal_time` is never before
 _UNSETTLED = [GrantState.INTENDED.value, GrantState.WITHDRAWING.value, GrantState.WITHDRAWN.value]
 
 
@@ -51,17 +52,23 @@ class AgentViews(Part):
     def agents_due(self, now: datetime) -> list[SpiffeId]:
         """Agents that may act and have an entry without a current SVID, with one that is to be renewed, or without a settled grant."""
         created, until = type_coerce(_S.created_at, Float), type_coerce(_S.not_after, Float)
-        renewal = created + (until - created) * EARLIEST_RENEWAL <= now.timestamp()
+        old = created + (until - created) * EARLIEST_RENEWAL <= now.timestamp()
+        missing = or_(_S.serial.is_(None), _G.owner.is_(None), _G.state.in_(_UNSETTLED))
         joined = (
             schema.entries.join(schema.agents, _A.spiffe_id == _E.parent_id)
             .outerjoin(schema.svids, and_(_S.subject == _E.owner, _S.current.is_(True)))
             .outerjoin(schema.node_grants, and_(_G.owner == _E.owner, _G.agent == _E.parent_id))
         )
-        due = or_(_S.serial.is_(None), renewal, _G.owner.is_(None), _G.state.in_(_UNSETTLED))
-        query = select(_E.parent_id).distinct().select_from(joined).order_by(_E.parent_id)
-        query = query.where(~_A.banned, ~_A.evicted, _not_expired(now), due)
+        query = select(_E.parent_id, _S.serial, _S.created_at, _S.not_after, missing.label("missing"))
+        query = query.select_from(joined).where(~_A.banned, ~_A.evicted, _not_expired(now), or_(missing, old))
         with read_transaction(self.engine) as connection:
-            return [SpiffeId.parse(text) for text in connection.execute(query).scalars()]
+            rows = connection.execute(query).all()
+        due = {
+            row.parent_id
+            for row in rows
+            if row.missing or renewal_time(row.serial, row.created_at, row.not_after) <= now
+        }
+        return [SpiffeId.parse(text) for text in sorted(due)]
 
 
 def _not_expired(now: datetime) -> ColumnElement[bool]:
