@@ -21,13 +21,13 @@ def test_the_loss_of_one_key_server_fails_nothing_and_is_seen(world: Any, until:
     servers[used].stop()
     for _ in range(20):
         assert world.sign(deadline=LONG)
-    lost = agent.wait_event("key_server_ejected")
-    assert lost["address"] == f"127.0.0.1:{servers[used].port}"
+    lost = f"127.0.0.1:{servers[used].port}"  # on a busy machine the other one may have been slow once, before
+    agent.wait_event("key_server_ejected", lambda event: event["address"] == lost)
     until(lambda: world.status()["key_servers"][used]["state"] == "ejected")
     out, serving = world.status()["key_servers"][used], world.status()["key_servers"][1 - used]
-    assert (out["available"], serving["available"]) == (False, True)
+    assert (out["available"], serving["available"]) == (False, True), (out, serving)
     assert serving["address"] == f"127.0.0.1:{servers[1 - used].port}"
-    assert (serving["state"], serving["failures"]) == ("ready", 0)
+    assert serving["state"] == "ready"
     assert serving["latency_ms"]["ecdsa_secp256r1_sha256"]["p95"] > 0
 
 

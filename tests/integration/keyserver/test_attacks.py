@@ -64,7 +64,9 @@ class Target:
         assert self.signer.process is not None
         found = {"signer": self.signer.process.pid}
         for pid in descendants_of(self.signer.process.pid):
-            found["launcher" if "keyreeve_keyserver.backends.launcher" in command_line(pid) else "worker"] = pid
+            line = command_line(pid)
+            if any(line):  # else it has ended, and nobody has waited for it yet
+                found["launcher" if "keyreeve_keyserver.backends.launcher" in line else "worker"] = pid
         return found
 
 
