@@ -20,6 +20,14 @@ from keyreeve_bench.profiles import FULL_PARTS, Options, run_profile
 from keyreeve_bench.report import text_lines
 
 
+class Fsync(StrEnum):
+    """The values of audit.fsync in signer.toml."""
+
+    ALWAYS = "always"
+    INTERVAL = "interval"
+    OFF = "off"
+
+
 class Profile(StrEnum):
     SMOKE = "smoke"
     QUICK = "quick"
@@ -33,7 +41,7 @@ def bench(  # noqa: PLR0917 - options of a command
     part: Annotated[str, typer.Option(help=f"One part of the full profile: {', '.join(FULL_PARTS)}.")] = "",
     save: Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Where the key server listens; 0: a free port.")] = 0,
-    fsync: Annotated[str, typer.Option(help="audit.fsync of its signer: always, interval or off.")] = "always",
+    fsync: Annotated[Fsync, typer.Option(help="audit.fsync of its signer.")] = Fsync.ALWAYS,
     python: Annotated[
         str, typer.Option("--server-python", help="Interpreter that has the key server to measure; else this one.")
     ] = sys.executable,
@@ -45,7 +53,7 @@ def bench(  # noqa: PLR0917 - options of a command
     if save is not None:
         save.open("a").close()  # a file that cannot be written must not cost a whole run
     with _ended_by_sigterm():
-        result = run_profile(Options(profile.value, part, port, fsync, python), _say)
+        result = run_profile(Options(profile.value, part, port, fsync.value, python), _say)
     _print(result, save, as_json=wants_json(output))
 
 

@@ -80,6 +80,57 @@ def test_an_interrupt_ends_all_that_was_started(tmp_path: Path) -> None:
     assert left_behind(temporary) == []
 
 
+@pytest.mark.parametrize("module", ["keyreeve_keyserver", "keyreeve_keyserver.signer", "keyreeve_keyserver.frontend"])
+def test_a_key_server_that_dies_ends_the_run_without_figures(module: str, tmp_path: Path) -> None:
+    temporary, saved = tmp_path / "t", tmp_path / "result.json"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [KEYREEVE, "bench", "--profile", "full", "--part", "ratios", "--output", "json", "--save", saved],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "by turns" in line:
+            break
+    os.kill(pid_of(module, temporary), signal.SIGKILL)
+    printed, said = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 3, said
+    assert said.splitlines()[-1].startswith("error: unavailable: ")
+    assert "key server" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert printed == ""
+    assert saved.read_text() == ""
+    assert left_behind(temporary) == []
+
+
+def pid_of(module: str, temporary: Path) -> int:
+    """The process that runs `module` of the key server whose configuration stands in this folder."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{name}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if module in words and any(word.startswith(str(temporary)) for word in words):
+            return int(name)
+    raise AssertionError(f"no process runs {module}")
+
+
+def test_a_file_that_cannot_be_written_costs_no_run(tmp_path: Path) -> None:
+    done = run_bench("--profile", "smoke", "--save", tmp_path / "missing" / "result.json", temporary=tmp_path)
+    assert done.returncode == 1
+    assert "result.json: No such file or directory" in done.stderr
+    assert "starting a key server" not in done.stderr
+
+
+def test_an_unknown_fsync_is_an_error_of_usage(tmp_path: Path) -> None:
+    done = run_bench("--profile", "smoke", "--fsync", 'off"\n[listen]', temporary=tmp_path)
+    assert done.returncode == 2
+    assert "starting a key server" not in done.stderr
+
+
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
