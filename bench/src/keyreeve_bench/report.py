@@ -33,5 +33,5 @@ def targets_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for row in rows:
         measured = "" if row["measured"] is None else f"{row['measured']:g}"
-        share = "" if row["share"] is None else f" ({row['share']:.0%} of it)"
+        share = "" if row["share"] is None else f" ({row['share']:.0%} of what is wanted)"
         yield f"| {row['target']} | {row['wanted']} | {measured} | {row['verdict']}{share} |"
