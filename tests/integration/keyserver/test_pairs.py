@@ -45,13 +45,13 @@ def channels(rig: KeyServerRig, count: int = CHANNELS) -> Iterator[list[Stubs]]:
 
 
 def with_retries(stubs: Stubs, key_id: str, *, also: tuple[grpc.StatusCode, ...] = ()) -> bytes:
-    """As an agent does: what was refused as unavailable is asked again."""
+    """As an agent does: what was refused as unavailable is asked again, and what a process that ended left without an answer."""
     end = monotonic() + 30
     while True:
         try:
             return stubs.sign(key_id)
         except grpc.RpcError as error:
-            if error.code() not in (grpc.StatusCode.UNAVAILABLE, *also) or monotonic() > end:
+            if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, *also) or monotonic() > end:
                 raise
 
 

