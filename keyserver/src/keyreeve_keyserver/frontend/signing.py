@@ -76,16 +76,13 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
 
     async def Sign(self, request: keyserver_pb2.SignRequest, context: Any) -> keyserver_pb2.SignResponse:
         peer = current_peer()
-        item = None
+        by_signer = False
         try:
-            self.access.require_admitted(peer.name, self.clock())
-            uses = self.allowed_uses(peer.name, self.clock())
-            item = self.judge(uses, 0, request, self._deadline_ms(context.time_remaining()))
-            if late := self.admit(uses, [item])[1]:
-                raise late[0].error
+            item = self._admitted(peer.name, request, self._deadline_ms(context.time_remaining()))
+            by_signer = True
             result = await self._sign_one(peer, item)
         except KeyreeveError as error:
-            self.refused(peer, [(request.key_id, request.purpose, error)], by_signer=item is not None)
+            self.refused(peer, [(request.key_id, request.purpose, error)], by_signer=by_signer)
             raise
         return keyserver_pb2.SignResponse(signature=result)
 
@@ -116,6 +113,15 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         self._draining = True
         for stream in self._streams:
             stream.end(_draining())
+
+    def _admitted(self, caller: str, request: keyserver_pb2.SignRequest, deadline_ms: int) -> SignItem:
+        now = self.clock()
+        self.access.require_admitted(caller, now)
+        uses = self.allowed_uses(caller, now)
+        item = self.judge(uses, 0, request, deadline_ms)
+        if late := self.admit(uses, [item])[1]:
+            raise late[0].error
+        return item
 
     def judge(self, uses: AllowedUses, number: int, request: _Request, deadline_ms: int) -> SignItem:
         """The signer's item for a request that this caller may make. Raises: the refusal."""

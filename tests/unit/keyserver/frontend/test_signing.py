@@ -8,9 +8,20 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
-from keyreeve_common.errors import ErrorCode, Internal, InvalidRequest, Overloaded, SvidExpired, Unavailable
+from keyreeve_common.errors import (
+    ErrorCode,
+    Internal,
+    InvalidRequest,
+    KeyreeveError,
+    Overloaded,
+    PurposeMismatch,
+    RateLimited,
+    SvidExpired,
+    Unavailable,
+)
 from keyreeve_common.grpc_edge import Peer, _current_peer
 from keyreeve_common.key_id import KeyId
+from keyreeve_common.purposes import Purpose
 from keyreeve_common.sign_batch import (
     PackedItems,
     Refused,
@@ -27,10 +38,14 @@ from keyreeve_common.sign_batch import (
 from keyreeve_common.v1 import keyserver_pb2
 from keyreeve_common.x509_svid import parse_x509_svid
 from keyreeve_keyserver.config import Limits
+from keyreeve_keyserver.domain.policy import Grant
+from keyreeve_keyserver.domain.rates import MIN_PER_SECOND, Rate
 from keyreeve_keyserver.frontend.access import Access
 from keyreeve_keyserver.frontend.audit_trail import AuditTrail
 from keyreeve_keyserver.frontend.engine import SigningEngine
 from keyreeve_keyserver.frontend.metrics import FrontEndMetrics
+from keyreeve_keyserver.frontend.quarantine_watch import QuarantineWatch, Refusal
+from keyreeve_keyserver.frontend.rates import RateExceeded
 from keyreeve_keyserver.frontend.sign_stream import ITEMS_PER_BATCH
 from keyreeve_keyserver.frontend.signer_link import OnResults
 from keyreeve_keyserver.frontend.signing import MAX_STREAMS_PER_CALLER, SigningServicer
@@ -41,14 +56,19 @@ KEY_ID = "k-" + "a" * 26
 
 
 class OpenAccess:
+    """Lets everything through; `grant` is by what, None where nothing limits it."""
+
     generation = 0
     is_fresh = True
+
+    def __init__(self) -> None:
+        self.grant: Grant | None = None
 
     def require_admitted(self, caller: str, now: datetime) -> None:
         return
 
-    def authorize(self, holder: str, key_id: str, purpose: int, now: datetime) -> None:
-        return
+    def authorize(self, holder: str, key_id: str, purpose: int, now: datetime) -> Grant | None:
+        return self.grant
 
 
 class ScriptedEngine:
@@ -71,11 +91,24 @@ class ScriptedEngine:
         on_results([Signed(item.id, b"s") for item in items])
 
 
+class KeptRefusals:
+    """In the place of the watch that puts holders in quarantine."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[type[KeyreeveError], bool]] = []
+
+    def refused(self, holder: str, refusals: Sequence[Refusal], *, by_signer: bool = False) -> None:
+        self.found += [(type(error), by_signer) for _, _, error in refusals]
+
+
 class Context:
     """The transport: keeps what the stream says of itself at its begin."""
 
     def __init__(self) -> None:
         self.metadata: tuple[tuple[str, str], ...] = ()
+
+    def time_remaining(self) -> float:
+        return 1.0
 
     async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
         self.metadata = metadata
@@ -86,8 +119,10 @@ class Rig:
         self.now = datetime.now(UTC)
         self.engine = ScriptedEngine()
         limits = Limits(batches_per_stream=batches_per_stream)
-        access, engine = cast("Access", OpenAccess()), cast("SigningEngine", self.engine)
-        self.service = SigningServicer(access, engine, limits, lambda: self.now)
+        self.access, self.watch = OpenAccess(), KeptRefusals()
+        access, engine = cast("Access", self.access), cast("SigningEngine", self.engine)
+        watch = cast("QuarantineWatch", self.watch)
+        self.service = SigningServicer(access, engine, limits, lambda: self.now, watch)
         svid = TestPki().svid("agent/a", not_after=self.now + timedelta(hours=1))
         self.peer = Peer(svid=parse_x509_svid(svid.chain[0]))
         self.sent: asyncio.Queue[keyserver_pb2.SignBatch | None] = asyncio.Queue()
@@ -101,6 +136,17 @@ class Rig:
     def open(self) -> AsyncIterator[keyserver_pb2.SignResultBatch]:
         _current_peer.set(self.peer)
         return self.service.SignStream(self._requests(), cast("Any", Context()))
+
+    def limit(self, burst: int) -> None:
+        """So many signatures at once, and hardly any later."""
+        purposes = frozenset({Purpose.TLS13_SERVER_VERIFY})
+        self.access.grant = Grant(KeyId(KEY_ID), self.peer.name, purposes, self.now, rate=Rate(MIN_PER_SECOND, burst))
+
+    async def sign(self) -> bytes:
+        """One call of the unary method."""
+        _current_peer.set(self.peer)
+        request = keyserver_pb2.SignRequest(key_id=KEY_ID, scheme=0x0403, purpose=1, message=b"m")  # type: ignore[arg-type]
+        return (await self.service.Sign(request, cast("Any", Context()))).signature
 
     def send(self, number: int) -> None:
         self.sent.put_nowait(keyserver_pb2.SignBatch(items=[sign_item(number, KEY_ID)]))
@@ -254,6 +300,30 @@ async def test_one_caller_has_so_many_streams_and_takes_none_of_others() -> None
     again.cancel()
 
 
+async def test_what_a_call_exceeds_is_its_callers_conduct_and_no_word_of_the_signer() -> None:
+    """Else no rate would ever put a holder in quarantine that asks one by one."""
+    rig = Rig()
+    rig.limit(burst=1)
+    first = asyncio.create_task(rig.sign())
+    await rig.until_submitted(1)
+    with pytest.raises(RateLimited):
+        await rig.sign()
+    assert rig.watch.found == [(RateExceeded, False)]
+    rig.engine.answer()
+    assert await first == b"s"
+
+
+async def test_what_the_signer_refuses_in_a_call_is_marked_as_its_word() -> None:
+    rig = Rig()
+    asked = asyncio.create_task(rig.sign())
+    await rig.until_submitted(1)
+    items, on_results = rig.engine.waiting.pop(0)
+    on_results([Refused(items[0].id, PurposeMismatch("form"))])
+    with pytest.raises(PurposeMismatch):
+        await asked
+    assert rig.watch.found == [(PurposeMismatch, True)]
+
+
 def packed(*items: SignItem) -> keyserver_pb2.SignBatch:
     return keyserver_pb2.SignBatch(packed=with_count(len(items), pack_items(items)))
 
@@ -293,6 +363,20 @@ async def test_refusals_of_a_packed_batch_are_packed_and_leave_their_neighbours_
     rig.engine.answer()
     (signed,) = unpacked(await anext(stream))
     assert signed == Signed(1, b"s")
+    await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def test_the_rate_lets_through_of_a_packed_batch_what_it_has_tokens_for() -> None:
+    rig = Rig()
+    rig.limit(burst=3)
+    stream = rig.open()
+    rig.sent.put_nowait(packed(packed_item(1), packed_item(2)))
+    rig.sent.put_nowait(packed(packed_item(3), packed_item(4), packed_item(5)))
+    refused = unpacked(await anext(stream))
+    codes = [(result.id, result.error.code) for result in refused if isinstance(result, Refused)]
+    assert codes == [(4, ErrorCode.RATE_LIMITED), (5, ErrorCode.RATE_LIMITED)]
+    assert rig.watch.found == [(RateExceeded, False)] * 2
+    assert [[item.id for item in items] for items, _ in rig.engine.waiting] == [[1, 2], [3]]
     await stream.aclose()  # type: ignore[attr-defined]
 
 
