@@ -92,13 +92,13 @@ class SigningServicer(keyserver_pb2_grpc.SigningServicer):
         peer = current_peer()
         if not peer.local and sum(stream.caller == peer.name for stream in self._streams) >= MAX_STREAMS_PER_CALLER:
             raise Overloaded(f"{MAX_STREAMS_PER_CALLER} streams of this caller are open, the most allowed; use those")
-        await context.send_initial_metadata(((PACKED_METADATA, "1"),))
         stream = SignStream(self, peer)
-        self._streams.add(stream)
+        self._streams.add(stream)  # before anything is awaited: streams that open together are counted too
         reader = asyncio.create_task(stream.read(request_iterator))
         if self._draining:
             stream.end(_draining())
         try:
+            await context.send_initial_metadata(((PACKED_METADATA, "1"),))
             while (answer := await stream.answers.get()) is not None:
                 yield answer.message
                 stream.release(answer.count)

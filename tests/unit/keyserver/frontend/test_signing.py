@@ -111,6 +111,7 @@ class Context:
         return 1.0
 
     async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        await asyncio.sleep(0)  # as the real one, which waits for the transport
         self.metadata = metadata
 
 
