@@ -127,7 +127,7 @@ class SignStream:
         service, peer, caller = self._service, self._peer, self.caller
         packed = isinstance(requests, PackedItems)
         self._held += len(requests)
-        ids = requests.ids if isinstance(requests, PackedItems) else [request.id for request in requests]
+        ids = ids_of(requests)
         try:
             service.access.require_admitted(caller, now)
             self._check_ids(ids)

@@ -55,9 +55,8 @@ class _Connection(asyncio.Protocol):
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(
-            "asyncio.Transport", transport
-        )  # asyncio's promise for streams; uvloop's has no base class
+        # asyncio's promise for streams; uvloop's transport has no base class
+        self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         try:

@@ -21,6 +21,7 @@ from keyreeve_keyserver.audit.events import SignRecords
 from keyreeve_keyserver.audit.ports import AuditLog, NullAuditLog
 from keyreeve_keyserver.backends.ports import Backend, SignOutcome, SignRequest, new_request
 from keyreeve_keyserver.domain.purposes import Rule
+from keyreeve_keyserver.domain.purposes.tls13 import FixedForm
 from keyreeve_keyserver.frames import (
     Refused,
     SignBatch,
@@ -36,6 +37,7 @@ from keyreeve_keyserver.signer.spans import BACKEND, JUDGE, RECORD, SpanLog, now
 
 _JUDGED_AT_ONCE = 16
 _BYTES_AS_LONG_AS_AN_ITEM = 512
+_Use = tuple[KeyId, int, int, int]  # key, purpose, scheme, bits of the deadline in milliseconds
 
 
 @dataclass(slots=True)
@@ -115,39 +117,31 @@ class SigningService:
                 yield frame
 
     async def _judge_all(self, items: Iterable[SignItem], judged: _Judged) -> None:
+        """A use whose form is fixed is looked up once: of its other items only the message is held against the form."""
         received, now, since_pause = time.monotonic(), self._now(), 0
-        known: dict[
-            tuple[KeyId, int, int, int], tuple[Rule, _Lane]
-        ] = {}  # uses whose form is fixed, since the last pause
+        fixed: dict[_Use, tuple[Rule, FixedForm, _Lane]] = {}
         for item in items:
             if since_pause >= _JUDGED_AT_ONCE:
                 await asyncio.sleep(0)  # certificates and CRLs take long to judge: let other batches in
                 now, since_pause = self._now(), 0
-                known.clear()  # a key may be gone
+                fixed.clear()  # a key may be gone
             _, key_id, scheme, purpose, deadline_ms, message, _ = item
             use = (key_id, purpose, scheme, deadline_ms.bit_length())
-            if (found := known.get(use)) is not None:
-                rule, lane = found
-                fixed = rule.fixed
-                if fixed is not None and len(message) in fixed.lengths and message.startswith(fixed.head):
+            if (found := fixed.get(use)) is not None:
+                rule, form, lane = found
+                if len(message) in form.lengths and message.startswith(form.head):
                     deadline = received + deadline_ms / 1000
                     lane.items.append(item)
                     lane.requests.append(new_request((rule.record, rule.scheme, message, deadline, False, None)))
                     continue
-            rule_used = self._judge(item, judged, received, now)
-            if (
-                rule_used is not None
-                and rule_used.fixed is not None
-                and self._max_message >= rule_used.fixed.lengths[-1]
-            ):
-                loaded = self._keys.loaded(key_id)
-                if loaded is not None:
-                    known[use] = (rule_used, judged.lane(loaded, deadline_ms))
+            passed = self._judge(item, judged, received, now)
+            if passed is not None and (known := passed[0].fixed) is not None and known.lengths[-1] <= self._max_message:
+                fixed[use] = (passed[0], known, passed[1])
             else:
                 since_pause += 1 + len(message) // _BYTES_AS_LONG_AS_AN_ITEM
 
-    def _judge(self, item: SignItem, judged: _Judged, received: float, now: datetime) -> Rule | None:
-        """Puts the item into its lane, or among the refused; the rule that let it through."""
+    def _judge(self, item: SignItem, judged: _Judged, received: float, now: datetime) -> tuple[Rule, _Lane] | None:
+        """Puts the item into its lane, or among the refused; the rule that let it through, and the lane."""
         loaded = self._keys.loaded(item.key_id)
         if loaded is not None:
             judged.records.authorities[item.key_id] = loaded.is_authority
@@ -164,7 +158,7 @@ class SigningService:
         lane = judged.lane(loaded, item.deadline_ms)
         lane.items.append(item)
         lane.requests.append(request)
-        return rule
+        return rule, lane
 
     async def _sign_lane(
         self, batch: SignBatch, lane: _Lane, records: SignRecords, spans: SpanLog

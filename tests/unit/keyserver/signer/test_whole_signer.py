@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from keyreeve_common.errors import KeyreeveError
+from keyreeve_common.errors import DeadlineExceeded, KeyreeveError
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import PURPOSES_OF_ROLE, KeyRole, Purpose, build_tls13_content
 from keyreeve_common.schemes import SignatureScheme
@@ -169,4 +169,52 @@ def test_a_change_in_what_is_fixed_is_refused(signer: Signer, which: tuple[str, 
             | st.integers(1, 255).map(lambda change: bytes((message[0] ^ change,)) + message[1:])
         )
     assert isinstance(signer.sign(item(1, key_id, purpose, changed))[1], Refused)
+    behind_a_good_one = signer.sign(item(0, key_id, purpose, message), item(1, key_id, purpose, changed))
+    assert isinstance(behind_a_good_one[0], Signed)
+    assert isinstance(behind_a_good_one[1], Refused)
     check_signature(RECORDS[KeyId(key_id)], purpose, message, signer.sign(item(1, key_id, purpose, message))[1])
+
+
+_TLS13_MESSAGES = [
+    build_tls13_content(purpose, bytes(length))
+    for purpose in (Purpose.TLS13_SERVER_VERIFY, Purpose.TLS13_CLIENT_VERIFY)
+    for length in (32, 48)
+]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["handshake", "digests", "absent"]),
+            st.sampled_from([Purpose.TLS13_SERVER_VERIFY, Purpose.TLS13_CLIENT_VERIFY]),
+            st.sampled_from(_TLS13_MESSAGES).flatmap(
+                lambda message: st.sampled_from(
+                    [message, message, message[:-1], message + b"\x00", message[1:] + b"\x20"]
+                )
+            ),
+            st.sampled_from([P256, SignatureScheme.RSA_PSS_RSAE_SHA256, 0]),
+            st.sampled_from([0, 1, 20_000, 20_001]),
+        ),
+        min_size=2,
+        max_size=12,
+    )
+)
+def test_each_item_of_a_batch_is_judged_as_if_it_were_alone(
+    signer: Signer, asked: list[tuple[str, Purpose, bytes, int, int]]
+) -> None:
+    """What is remembered of an item lets nothing through for the next one."""
+    items = [
+        SignItem(number, KeyId(key_id), scheme, purpose, deadline_ms, message)
+        for number, (key_id, purpose, message, scheme, deadline_ms) in enumerate(asked)
+    ]
+    together = signer.sign(*items)
+    for each in items:
+        alone = signer.sign(each)[each.id]
+        assert _end(together[each.id], each) == _end(alone, each)
+
+
+def _end(result: SignResult, each: SignItem) -> str:
+    """A millisecond is over before it is signed, or not: either is right."""
+    if isinstance(result, Refused) and not (each.deadline_ms == 1 and isinstance(result.error, DeadlineExceeded)):
+        return result.error.code.value
+    return "passed"
