@@ -8,10 +8,11 @@ Spec: docs/protocol/signer-frames.md "item", "result".
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import lru_cache, partial
-from typing import Final, NamedTuple, overload
+from typing import Final, NamedTuple, Protocol, TypeVar, overload
 
 from keyreeve_common.errors import MAX_DETAIL_BYTES, InvalidRequest, KeyreeveError, MalformedFrame, error_from_wire
 from keyreeve_common.key_id import KeyId, parse_key_id
@@ -67,67 +68,71 @@ new_item: Callable[[tuple[int, KeyId, int, int, int, bytes, bytes]], SignItem] =
 new_signed: Callable[[tuple[int, bytes]], Signed] = partial(tuple.__new__, Signed)
 
 
-class PackedItems(Sequence[SignItem]):
-    """Items as they came. `uses` are key id, purpose and scheme of each; `sampled`: somebody traces one of them."""
+class _Numbered(Protocol):
+    @property
+    def id(self) -> int: ...
 
-    __slots__ = ("_items", "_starts", "data", "deadlines_ms", "ids", "sampled", "uses")
 
-    def __init__(
-        self, data: bytes, ids: list[int], uses: list[tuple[KeyId, int, int]], deadlines_ms: list[int], sampled: bool
-    ) -> None:
+M = TypeVar("M", SignItem, SignResult)
+
+
+class _Packed(Sequence[M]):
+    """Members as they came, in `data`; made when somebody looks at one."""
+
+    __slots__ = ("_members", "data", "ids")
+
+    def __init__(self, data: bytes, ids: list[int]) -> None:
         self.data = data
         self.ids = ids
+        self._members: tuple[M, ...] | None = None
+
+    @abstractmethod
+    def _read(self) -> tuple[M, ...]: ...
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> M: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[M]: ...
+    def __getitem__(self, index: int | slice) -> M | Sequence[M]:
+        if self._members is None:
+            self._members = self._read()
+        return self._members[index]
+
+
+class PackedItems(_Packed[SignItem]):
+    """`uses` are key id, purpose and scheme of each; `sampled`: somebody traces one of them."""
+
+    __slots__ = ("deadlines_ms", "sampled", "uses")
+
+    def __init__(
+        self, data: bytes, ids: list[int], uses: list[tuple[KeyId, int, int]], deadlines_ms: list[int], *, sampled: bool
+    ) -> None:
+        super().__init__(data, ids)
         self.uses = uses
         self.deadlines_ms = deadlines_ms
         self.sampled = sampled
-        self._items: tuple[SignItem, ...] | None = None
 
-    @property
-    def items(self) -> tuple[SignItem, ...]:
-        if self._items is None:
-            self._items = read_items(self.data, len(self.ids))
-        return self._items
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @overload
-    def __getitem__(self, index: int) -> SignItem: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[SignItem]: ...
-    def __getitem__(self, index: int | slice) -> SignItem | Sequence[SignItem]:
-        return self.items[index]
+    def _read(self) -> tuple[SignItem, ...]:
+        return read_items(self.data, len(self))
 
 
-class PackedResults(Sequence[SignResult]):
-    """Results as they came; `all_signed`: none is a refusal."""
+class PackedResults(_Packed[SignResult]):
+    """`all_signed`: none is a refusal."""
 
-    __slots__ = ("_results", "all_signed", "data", "ids")
+    __slots__ = ("all_signed",)
 
     def __init__(self, data: bytes, ids: list[int], *, all_signed: bool) -> None:
-        self.data = data
-        self.ids = ids
+        super().__init__(data, ids)
         self.all_signed = all_signed
-        self._results: tuple[SignResult, ...] | None = None
 
-    @property
-    def results(self) -> tuple[SignResult, ...]:
-        if self._results is None:
-            self._results = read_results(self.data, len(self.ids))
-        return self._results
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @overload
-    def __getitem__(self, index: int) -> SignResult: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[SignResult]: ...
-    def __getitem__(self, index: int | slice) -> SignResult | Sequence[SignResult]:
-        return self.results[index]
+    def _read(self) -> tuple[SignResult, ...]:
+        return read_results(self.data, len(self))
 
 
-def ids_of(members: Sequence[SignItem] | Sequence[SignResult]) -> list[int]:
+def ids_of(members: Sequence[_Numbered]) -> list[int]:
     return members.ids if isinstance(members, PackedItems | PackedResults) else [member.id for member in members]
 
 
@@ -210,29 +215,33 @@ def scan_items(data: bytes, count: int) -> PackedItems:
     ids: list[int] = []
     uses: list[tuple[KeyId, int, int]] = []
     deadlines: list[int] = []
-    at = flags = 0
-    try:
-        for _ in range(count):
-            item_id, length = _ITEM_HEAD.unpack_from(data, at)
-            at += _ITEM_HEAD.size + length
-            key_id = read_key_id(data[at - length : at])
-            scheme, purpose, deadline_ms, trace, length = _ITEM_TAIL.unpack_from(data, at)
-            at += _ITEM_TAIL.size + length
-            if length > MAX_MESSAGE_BYTES or trace.startswith(_NO_ID):
-                raise MalformedFrame(f"message has more than {MAX_MESSAGE_BYTES} bytes, or the trace id is zero")
-            ids.append(item_id)
-            uses.append((key_id, purpose, scheme))
-            deadlines.append(deadline_ms)
-            flags |= trace[-1]
-    except struct.error:
-        raise MalformedFrame("frame ends inside an item") from None
-    _check_end(data, at)
-    return PackedItems(data, ids, uses, deadlines, bool(flags & 1))
+    flags = 0
+    for item_id, key_id, scheme, purpose, deadline_ms, _, _, trace in _each_item(data, count):
+        if trace.startswith(_NO_ID):
+            raise MalformedFrame("trace id is zero")
+        ids.append(item_id)
+        uses.append((key_id, purpose, scheme))
+        deadlines.append(deadline_ms)
+        flags |= trace[-1]
+    return PackedItems(data, ids, uses, deadlines, sampled=bool(flags & 1))
 
 
 def read_items(data: bytes, count: int) -> tuple[SignItem, ...]:
-    """`count` items that fill `data`; all in one go, since this is done for each signature. Raises: MalformedFrame."""
-    items: list[SignItem] = []
+    """`count` items that fill `data`. Raises: MalformedFrame."""
+    return tuple(
+        [
+            new_item((item_id, key_id, scheme, purpose, deadline_ms, data[start:end], trace))
+            for item_id, key_id, scheme, purpose, deadline_ms, start, end, trace in _each_item(data, count)
+        ]
+    )
+
+
+def _each_item(data: bytes, count: int) -> Iterator[tuple[int, KeyId, int, int, int, int, int, bytes]]:
+    """Id, key id, scheme, purpose, deadline, where the message begins and ends, trace. `data` is known to be whole, and to end
+    there, only once all are out.
+
+    Raises: MalformedFrame.
+    """
     at = 0
     try:
         for _ in range(count):
@@ -243,11 +252,10 @@ def read_items(data: bytes, count: int) -> tuple[SignItem, ...]:
             at += _ITEM_TAIL.size + length
             if length > MAX_MESSAGE_BYTES:
                 raise MalformedFrame(f"message has {length} bytes, allowed are 0 to {MAX_MESSAGE_BYTES}")
-            items.append(new_item((item_id, key_id, scheme, purpose, deadline_ms, data[at - length : at], trace)))
+            yield item_id, key_id, scheme, purpose, deadline_ms, at - length, at, trace
     except struct.error:
         raise MalformedFrame("frame ends inside an item") from None
     _check_end(data, at)
-    return tuple(items)
 
 
 @lru_cache(_MOST_KEY_IDS)
@@ -262,44 +270,41 @@ def read_key_id(name: bytes) -> KeyId:
 def scan_results(data: bytes, count: int) -> PackedResults:
     """`count` results that fill `data`, held to their bounds and not taken apart. Raises: MalformedFrame."""
     ids: list[int] = []
-    at, all_signed = 0, True
-    try:
-        for _ in range(count):
-            if data[at + _CODE_AT]:
-                refused, at = _read_refused(data, at)
-                ids.append(refused.id)
-                all_signed = False
-                continue
-            item_id, _, length = _SIGNED_HEAD.unpack_from(data, at)
-            at += _SIGNED_HEAD.size + length
-            if not 1 <= length <= MAX_SIGNATURE_BYTES:
-                raise MalformedFrame(f"signature has {length} bytes, allowed are 1 to {MAX_SIGNATURE_BYTES}")
-            ids.append(item_id)
-    except (struct.error, IndexError):
-        raise MalformedFrame("frame ends inside a result") from None
-    _check_end(data, at)
+    all_signed = True
+    for item_id, _, _, refused in _each_result(data, count):
+        ids.append(item_id)
+        if refused is not None:
+            all_signed = False
     return PackedResults(data, ids, all_signed=all_signed)
 
 
 def read_results(data: bytes, count: int) -> tuple[SignResult, ...]:
     """`count` results that fill `data`. Raises: MalformedFrame."""
-    results: list[SignResult] = []
+    return tuple(
+        [
+            new_signed((item_id, data[start:end])) if refused is None else refused
+            for item_id, start, end, refused in _each_result(data, count)
+        ]
+    )
+
+
+def _each_result(data: bytes, count: int) -> Iterator[tuple[int, int, int, Refused | None]]:
+    """Id, where the signature begins and ends, or the refusal; as `_each_item`. Raises: MalformedFrame."""
     at = 0
     try:
         for _ in range(count):
             if data[at + _CODE_AT]:
                 refused, at = _read_refused(data, at)
-                results.append(refused)
+                yield refused.id, at, at, refused
                 continue
             item_id, _, length = _SIGNED_HEAD.unpack_from(data, at)
             at += _SIGNED_HEAD.size + length
             if not 1 <= length <= MAX_SIGNATURE_BYTES:
                 raise MalformedFrame(f"signature has {length} bytes, allowed are 1 to {MAX_SIGNATURE_BYTES}")
-            results.append(new_signed((item_id, data[at - length : at])))
+            yield item_id, at - length, at, None
     except (struct.error, IndexError):
         raise MalformedFrame("frame ends inside a result") from None
     _check_end(data, at)
-    return tuple(results)
 
 
 def _check_end(data: bytes, at: int) -> None:
