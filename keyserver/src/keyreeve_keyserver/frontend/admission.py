@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from keyreeve_common.errors import ErrorCode, Overloaded
@@ -39,9 +39,10 @@ class _Queue:
     unlogged: int = 0
     logged_at: float | None = None
 
-    def wait_s(self, now: float) -> float:
-        """About how long one more request would wait."""
-        return max(self.outstanding * self.cost_s, now - self.progress_at) if self.outstanding else 0.0
+    def wait_s(self, now: float, ahead: int = 0) -> float:
+        """About how long one more request would wait, behind `ahead` others that come with it."""
+        silence = now - self.progress_at if self.outstanding else 0.0
+        return max((self.outstanding + ahead) * self.cost_s, silence)
 
     def take(self, caller: str, now: float, count: int = 1) -> None:
         if not self.outstanding:
@@ -131,14 +132,8 @@ class Admission:
         if len(names) != 1:
             return None
         queue = self._queue_named(names.pop())
-        # As the last of them would find it.
-        before = len(items) - 1
-        last = replace(queue, outstanding=queue.outstanding + before, of_caller=queue.of_caller.copy())
-        last.of_caller[caller] += before
-        if not queue.outstanding:
-            last.progress_at = now
         deadline_s = min(deadlines_of(items)) / 1000
-        return queue if self._full(last, caller, deadline_s, now) is None else None
+        return queue if self._full(queue, caller, deadline_s, now, ahead=len(items) - 1) is None else None
 
     def _queue(self, key_id: str) -> _Queue:
         return self._queue_named(self._class_of(key_id))
@@ -149,21 +144,22 @@ class Admission:
             queue = self._queues[name] = _Queue(name)
         return queue
 
-    def _full(self, queue: _Queue, caller: str, deadline_s: float, now: float) -> str | None:
-        """Why one more request is not taken; None when it is."""
-        if not queue.outstanding:
+    def _full(self, queue: _Queue, caller: str, deadline_s: float, now: float, *, ahead: int = 0) -> str | None:
+        """Why one more request is not taken behind `ahead` others that come with it; None when it is."""
+        outstanding = queue.outstanding + ahead
+        if not outstanding:
             return None
-        wait_s = queue.wait_s(now)
+        wait_s = queue.wait_s(now, ahead)
         if wait_s >= deadline_s:
             return "the deadline would pass before it is signed"
         room = self._max_items
         if queue.cost_s > 0:
             room = max(min(room, int(self._max_wait_s / queue.cost_s)), 1)
-        if queue.outstanding >= room:
+        if outstanding >= room:
             return "its queue is full"
         # One share is always kept for the caller that comes next.
         own = queue.of_caller.get(caller, 0)
-        if own >= max(room // (len(queue.of_caller) + (own == 0) + 1), 1):
+        if own + ahead >= max(room // (len(queue.of_caller) + (own == 0) + 1), 1):
             return "this caller has its share of the queue"
         return None
 

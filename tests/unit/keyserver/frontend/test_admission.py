@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -135,7 +136,10 @@ class AnyOrder(RuleBasedStateMachine):
     def arrive(self, caller: str, count: int, key_id: KeyId, deadline: int) -> None:
         batch = items(count, key_id, first=self.next_id, deadline_ms=deadline)
         self.next_id += count
+        one_by_one = deepcopy(self.admit)
+        singly = [item.id for item in batch if one_by_one.admit(caller, [item], self.now).admitted]
         ticket = self.admit.admit(caller, batch, self.now)
+        assert [item.id for item in ticket.admitted] == singly
         assert {item.id for item in batch} == {item.id for item in ticket.admitted} | {each.id for each in ticket.shed}
         assert len(batch) == len(ticket.admitted) + len(ticket.shed)
         if ticket.admitted:
