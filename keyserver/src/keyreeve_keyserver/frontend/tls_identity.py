@@ -71,12 +71,22 @@ class TlsIdentity:
 
     async def follow(self, on_installed: Callable[[], Awaitable[None]]) -> None:
         """Takes up what another front end on the same directory installs: certificates come to one of them."""
+        told = ""
         while True:
             await asyncio.sleep(FOLLOW_S)
-            if await asyncio.to_thread(self._mark) != self._seen:
+            if await asyncio.to_thread(self._mark) == self._seen:
+                continue
+            before = self.installed
+            try:
                 await asyncio.to_thread(self.load)
-                if self.installed is not None:
+                if self.installed is not before:
                     await on_installed()
+                told = ""
+            except KeyreeveError as error:
+                self._seen = None  # once more, until somebody has mended it
+                if error.detail != told:
+                    told = error.detail
+                    log_warning("installed_svid_not_usable", code=error.code.value, detail=told)
 
     def _mark(self) -> tuple[int, int] | None:
         """Changes with each installation: a file that is written whole gets a new inode."""
