@@ -26,11 +26,16 @@ def node_hash(left: bytes, right: bytes) -> bytes:
     return sha256(b"\x01" + left + right).digest()
 
 
-def perfect_root(hashes: Sequence[bytes]) -> bytes:
-    """The root over 2^n hashes of equal height."""
+def node_hashes(level: list[bytes]) -> list[bytes]:
+    """Of each two neighbours among an even number of hashes."""
+    return [node_hash(level[at], level[at + 1]) for at in range(0, len(level), 2)]
+
+
+def perfect_root(hashes: Sequence[bytes], above: Callable[[list[bytes]], list[bytes]] = node_hashes) -> bytes:
+    """The root over 2^n hashes of equal height; `above` is for who has a faster `node_hashes`."""
     level = list(hashes)
     while len(level) > 1:
-        level = [node_hash(level[at], level[at + 1]) for at in range(0, len(level), 2)]
+        level = above(level)
     return level[0]
 
 

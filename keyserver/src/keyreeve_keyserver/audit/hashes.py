@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
+from typing import Final
 
-LEAF, NODE = b"\x00", b"\x01"  # Spec: RFC 6962 2.1
+from keyreeve_common.transparency import merkle
+
+_LEAF: Final = b"\x00"  # before what is hashed as a leaf, and as a node. Spec: RFC 6962 2.1
+_NODE: Final = b"\x01"
 
 
 def _each(prefix: bytes, messages: list[bytes]) -> list[bytes]:
     return [sha256(prefix + message).digest() for message in messages]
 
 
-def _pairs(prefix: bytes, nodes: list[bytes]) -> list[bytes]:
-    return [sha256(prefix + nodes[at] + nodes[at + 1]).digest() for at in range(0, len(nodes), 2)]
-
-
 try:
     from keyreeve_engine import _hashes as engine
 except ImportError:
     hash_each: Callable[[bytes, list[bytes]], list[bytes]] = _each
-    hash_pairs: Callable[[bytes, list[bytes]], list[bytes]] = _pairs
+    node_hashes: Callable[[list[bytes]], list[bytes]] = merkle.node_hashes
 else:
-    hash_each, hash_pairs = engine.sha256_each, engine.sha256_pairs
+    hash_each, node_hashes = engine.sha256_each, partial(engine.sha256_pairs, _NODE)
 
 
 def sha256_each(messages: list[bytes]) -> list[bytes]:
@@ -31,12 +32,4 @@ def sha256_each(messages: list[bytes]) -> list[bytes]:
 
 def leaf_hashes(entries: Sequence[bytes]) -> list[bytes]:
     """Of the records of a log. Spec: RFC 6962 2.1."""
-    return hash_each(LEAF, list(entries))
-
-
-def root_of_full_tile(hashes: list[bytes]) -> bytes:
-    """The root over 2^n hashes of equal height. Spec: RFC 6962 2.1."""
-    level = hashes
-    while len(level) > 1:
-        level = hash_pairs(NODE, level)
-    return level[0]
+    return hash_each(_LEAF, list(entries))

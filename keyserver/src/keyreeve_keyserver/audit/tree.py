@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keyreeve_common.transparency.merkle import EMPTY_ROOT, fold_right
+from keyreeve_common.transparency.merkle import EMPTY_ROOT, fold_right, perfect_root
 from keyreeve_common.transparency.tiles import TILE_HEIGHT, TILE_WIDTH, Tile
 
-from keyreeve_keyserver.audit.hashes import root_of_full_tile
+from keyreeve_keyserver.audit.hashes import node_hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class GrowingTree:
         edge = self._edges[level]
         index = (self.size >> (TILE_HEIGHT * (level + 1))) - 1
         full.append(HashTile(Tile(level, index), tuple(edge)))
-        value = root_of_full_tile(edge)
+        value = perfect_root(edge, node_hashes)
         edge.clear()
         if level + 1 == len(self._edges):
             self._edges.append([])

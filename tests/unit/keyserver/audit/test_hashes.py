@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from hashlib import sha256
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from keyreeve_common.transparency.merkle import leaf_hash, node_hash, perfect_root
+from keyreeve_common.transparency import merkle
+from keyreeve_common.transparency.merkle import leaf_hash, node_hash
 from keyreeve_keyserver.audit import hashes
 
-Hash = Callable[[bytes, list[bytes]], list[bytes]]
 NODES = [bytes([number]) * 32 for number in range(64)]
 
 
@@ -22,15 +21,15 @@ def test_each_message_has_its_own_hash(messages: list[bytes]) -> None:
     assert hashes._each(b"\x00", messages) == hashes.leaf_hashes(messages)
 
 
-@pytest.mark.parametrize("pairs", [hashes.hash_pairs, hashes._pairs])
-def test_pairs_are_nodes(pairs: Hash) -> None:
-    assert pairs(hashes.NODE, NODES) == [node_hash(NODES[at], NODES[at + 1]) for at in range(0, 64, 2)]
-    assert pairs(hashes.NODE, []) == []
+def test_nodes_are_those_of_neighbours() -> None:
+    nodes = [node_hash(NODES[at], NODES[at + 1]) for at in range(0, 64, 2)]
+    assert hashes.node_hashes(NODES) == merkle.node_hashes(NODES) == nodes
+    assert hashes.node_hashes([]) == merkle.node_hashes([]) == []
 
 
-def test_the_root_of_a_full_tile() -> None:
-    assert hashes.root_of_full_tile(NODES) == perfect_root(NODES)
-    assert hashes.root_of_full_tile(NODES[:1]) == NODES[0]
+@pytest.mark.parametrize("count", [1, 2, 64])
+def test_the_root_is_the_trees(count: int) -> None:
+    assert merkle.perfect_root(NODES[:count], hashes.node_hashes) == merkle.tree_root(NODES[:count])
 
 
 @pytest.mark.parametrize("wrong", [("", []), (b"", ["text"]), (b"", (b"a",)), (b"", [bytearray(b"a")])])
