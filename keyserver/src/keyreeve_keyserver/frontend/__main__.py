@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import os
 import socket
 import sys
@@ -50,9 +49,6 @@ def run_front_end(
 
 async def _serve(config: KeyServerConfig, pair: Pair, frames_fd: int | None, supervisor_fd: int | None) -> None:
     front_end = FrontEnd(config, pair=pair)
-    # A batch makes thousands of objects that are no part of a cycle: the usual 700 would have the collector look through them for each.
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
     supervisor = socket.socket(fileno=supervisor_fd) if supervisor_fd is not None else None
 
     async def ready() -> None:

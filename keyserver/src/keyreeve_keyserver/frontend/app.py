@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import gc
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -25,6 +24,7 @@ from keyreeve_common.v1 import keyserver_pb2_grpc
 
 from keyreeve_keyserver.catalog.catalog import Catalog
 from keyreeve_keyserver.catalog.listen import ChangeListener
+from keyreeve_keyserver.collector import collect_rarely
 from keyreeve_keyserver.config import KeyServerConfig
 from keyreeve_keyserver.domain.pair import ALONE, Pair
 from keyreeve_keyserver.frontend.access import Access, CatalogThreads
@@ -77,7 +77,7 @@ def allow_table(config: KeyServerConfig) -> dict[str, tuple[str, ...]]:
 async def _read_all(access: Access) -> None:
     """All keys and grants, which the garbage collector then need not look through again and again."""
     await access.refresh()
-    gc.freeze()
+    collect_rarely()
 
 
 def utc_now() -> datetime:

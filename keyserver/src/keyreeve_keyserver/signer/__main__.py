@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import os
 import signal
 import sys
@@ -35,6 +34,7 @@ from keyreeve_keyserver.backends.software import SoftwareBackend
 from keyreeve_keyserver.backends.vault_backend import VaultBackend
 from keyreeve_keyserver.backends.worker_backend import WorkerBackend
 from keyreeve_keyserver.backends.worker_place import PoolPolicy
+from keyreeve_keyserver.collector import collect_rarely
 from keyreeve_keyserver.domain.breaker import BreakerPolicy
 from keyreeve_keyserver.domain.keys import Custody
 from keyreeve_keyserver.domain.pair import Pair, parse_pair
@@ -62,8 +62,6 @@ from keyreeve_keyserver.signer.server import Server
 from keyreeve_keyserver.signer.service import SigningService
 
 _CUSTODIES = {KeyCustody.RESIDENT: Custody.TOKEN_RESIDENT, KeyCustody.WRAPPED: Custody.TOKEN_WRAPPED}
-# A batch makes thousands of objects that are no part of a cycle: the usual 700 would have the collector look through them for each.
-GC_THRESHOLDS = (50_000, 20, 100)
 EXIT_CONFIG = 78
 EXIT_PIN = 77
 EXIT_FAULT = 70
@@ -167,8 +165,7 @@ async def _run(config: SignerConfig, arguments: argparse.Namespace, protections:
         for backend in backends.values():
             await (backend.start(launcher) if isinstance(backend, WorkerBackend) else backend.start())
         await audit.start()
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
+        collect_rarely()
 
         def ready() -> None:
             _lock(config, protections, backends)
