@@ -13,6 +13,7 @@ from keyreeve_common.errors import DeadlineExceeded, KeyNotFound
 from keyreeve_common.key_id import KeyId
 from keyreeve_common.purposes import KeyRole, Purpose
 from keyreeve_common.schemes import KeyType
+from keyreeve_common.sign_batch import open_items, pack_items, with_count
 from keyreeve_keyserver.catalog.catalog import Catalog
 from keyreeve_keyserver.catalog.records import NewKey
 from keyreeve_keyserver.domain.keys import KeyState
@@ -104,3 +105,27 @@ async def test_disabled_key_is_not_loaded_again(rig: Rig) -> None:
     assert isinstance(result, Refused)
     assert isinstance(result.error, KeyNotFound)
     assert not rig.signer.loaded
+
+
+async def test_a_packed_batch_whose_key_is_not_loaded_comes_back_whole(rig: Rig) -> None:
+    """It went out as it came; after the load its items go again one by one, each with its own id, and each is counted once."""
+    trace = b"\x01" * 16 + bytes(9)
+    items = [SignItem(number, rig.key_id, 0x0403, 1, 3_000, b"m%d" % number, trace) for number in range(5)]
+    results: list[SignResult] = []
+    done = asyncio.Event()
+
+    def on_results(some: Sequence[SignResult]) -> None:
+        results.extend(some)
+        if len(results) == len(items):
+            done.set()
+
+    packed = open_items(with_count(len(items), pack_items(items)))
+    rig.engine.submit("local", packed, on_results, timeout_s=3)
+    async with asyncio.timeout(5):
+        await done.wait()
+    assert sorted(result.id for result in results if isinstance(result, Signed)) == [0, 1, 2, 3, 4]
+    (first, _), (again, _) = rig.signer.submitted
+    assert first == items
+    assert [item._replace(deadline_ms=3_000) for item in again] == items
+    assert rig.engine.signatures == {rig.key_id: 5}
+    assert OPEN_ADMISSION.outstanding() == {"": 0}
